@@ -1,0 +1,43 @@
+"""First-party packages that may not be installed, read from ``catalogue.toml``."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from importlib.resources import files
+
+from core.plugins import Plugins
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package of this project.
+
+    Args:
+        name: distribution name.
+        summary: what it does, in a few words.
+        recipes: recipes that it adds steps to.
+    """
+
+    name: str
+    summary: str
+    recipes: tuple[str, ...] = ()
+
+    @property
+    def plugin(self) -> str:
+        """Name of its plugin."""
+        return self.name.removeprefix("core-")
+
+
+def packages() -> list[Package]:
+    """All packages of the catalogue."""
+    content = tomllib.loads(files("core").joinpath("catalogue.toml").read_text(encoding="utf-8"))
+    return [
+        Package(name, str(row["summary"]), tuple(row.get("recipes", ())))
+        for name, row in content.items()
+    ]
+
+
+def not_installed(recipe: str, plugins: Plugins) -> list[Package]:
+    """Packages that would add steps to ``recipe`` and are not among ``plugins``."""
+    return [p for p in packages() if recipe in p.recipes and p.plugin not in plugins]

@@ -1,0 +1,225 @@
+"""Conversion between checkpoint formats: the reader of one and the writer of the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import StorageReader
+
+from core.checkpoints import layout
+from core.choice import choose
+from core.contributions import CheckpointFormat
+from core.errors import CheckpointError
+from core.plugins import Contributed
+from core.storage import TEMPORARY, publish
+
+if TYPE_CHECKING:
+    from core.run import Run
+
+Progress = Callable[[str, int], None]
+"""Called with the name and the bytes of every tensor before it is converted."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion does, known before a byte of a tensor is read.
+
+    Attributes:
+        source: path that is read.
+        target: folder that appears.
+        source_format: format found in ``source``.
+        target_format: format of ``target``.
+        tensors: shape, dtype and chunks of every tensor by name.
+        skipped: names of entries that are no tensors and are left out on request.
+    """
+
+    source: Path
+    target: Path
+    source_format: CheckpointFormat
+    target_format: CheckpointFormat
+    tensors: dict[str, TensorStorageMetadata]
+    skipped: tuple[str, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(size_in_bytes(tensor) for tensor in self.tensors.values())
+
+
+def detect(path: Path, run: Run) -> Contributed[CheckpointFormat]:
+    """Find the format of what is at ``path``.
+
+    Raises:
+        CheckpointError: when no format, or more than one, recognises it.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
+    formats = run.checkpoints.formats()
+    found = [c for c in formats if c.value.reader is not None and c.value.detect(path)]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(sorted(c.value.name for c in (found or formats)))
+    state = f"looks like {names}" if found else "is of no known format"
+    raise CheckpointError(f"{path} {state}", fix="" if found else f"known formats: {names}")
+
+
+def plan(
+    source: Path, target: Path, to: str, run: Run, *, skip_objects: bool = False
+) -> tuple[Conversion, StorageReader]:
+    """Check a conversion without writing anything.
+
+    Args:
+        source: checkpoint file or folder.
+        target: folder to create; must not exist.
+        to: name of the target format.
+        run: the run whose plugins offer the formats.
+        skip_objects: leave out entries that are no tensors instead of refusing them.
+
+    Raises:
+        CheckpointError: for an unknown or damaged source, or a target that exists.
+        PluginError: for an unknown target format.
+    """
+    if target.exists():
+        raise CheckpointError(f"{target} exists already", fix="choose another path or remove it")
+    from_format = detect(source, run).value
+    to_format = choose(
+        "checkpoint format",
+        to,
+        run.checkpoints.formats(),
+        lambda f: "" if f.writer else "it cannot be written",
+    ).value
+    assert from_format.reader is not None
+    reader = from_format.reader(source, run)
+    metadata = reader.read_metadata()
+    reader.set_up_storage_reader(metadata, True)
+    entries = metadata.state_dict_metadata
+    tensors = {n: e for n, e in entries.items() if isinstance(e, TensorStorageMetadata)}
+    objects = tuple(name for name in entries if name not in tensors)
+    if objects and not skip_objects:
+        raise CheckpointError(
+            f"{source} has {len(objects)} entries that are no tensors: {', '.join(objects[:5])}",
+            why="they are pickles, which are not carried over",
+            fix="pass --skip-objects to leave them out",
+        )
+    found = Conversion(source, target, from_format, to_format, tensors, objects)
+    return found, reader
+
+
+def execute(
+    conversion: Conversion, reader: StorageReader, run: Run, progress: Progress | None = None
+) -> None:
+    """Carry the conversion out, one tensor in memory at a time.
+
+    Raises:
+        CheckpointError: when reading or writing fails; the target does not exist then.
+    """
+    target, to_format = conversion.target, conversion.target_format
+    assert to_format.writer is not None
+    temporary = target.with_name(f"{target.name}{TEMPORARY}convert")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        writer = to_format.writer(temporary, run)
+        planner = _StreamingPlanner(conversion.tensors, reader, progress)
+        writer.reset()
+        writer.set_up_storage_writer(True)
+        local = writer.prepare_local_plan(planner.create_local_plan())
+        (final,) = writer.prepare_global_plan([local])
+        metadata = Metadata(
+            {name: _one_chunk(tensor) for name, tensor in conversion.tensors.items()}
+        )
+        results = writer.write_data(final, planner).wait()
+        writer.finish(metadata, [results])
+        _carry_manifest(conversion, temporary)
+        publish(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def size_in_bytes(tensor: TensorStorageMetadata) -> int:
+    """Bytes of a whole tensor."""
+    return math.prod(tensor.size) * tensor.properties.dtype.itemsize
+
+
+class _StreamingPlanner(SavePlanner):
+    """Hands the writer one tensor at a time, read when the writer asks for it."""
+
+    def __init__(
+        self,
+        tensors: dict[str, TensorStorageMetadata],
+        reader: StorageReader,
+        progress: Progress | None,
+    ) -> None:
+        self._tensors = tensors
+        self._reader = reader
+        self._progress = progress
+
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def create_local_plan(self) -> SavePlan:
+        return SavePlan([_whole(name, tensor) for name, tensor in self._tensors.items()])
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return all_plans, Metadata({})
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        name = write_item.index.fqn
+        described = self._tensors[name]
+        if self._progress is not None:
+            self._progress(name, size_in_bytes(described))
+        tensor = torch.empty(described.size, dtype=described.properties.dtype)
+        planner = DefaultLoadPlanner()
+        planner.set_up_planner({name: tensor}, Metadata({name: described}), True)
+        plan = self._reader.prepare_local_plan(planner.create_local_plan())
+        self._reader.read_data(plan, planner).wait()
+        return tensor
+
+
+def _whole(name: str, tensor: TensorStorageMetadata) -> WriteItem:
+    start = torch.Size([0] * len(tensor.size))
+    chunk = ChunkStorageMetadata(offsets=start, sizes=tensor.size)
+    return WriteItem(
+        index=MetadataIndex(name, start),
+        type=WriteItemType.TENSOR,
+        tensor_data=TensorWriteData(chunk=chunk, properties=tensor.properties, size=tensor.size),
+    )
+
+
+def _one_chunk(tensor: TensorStorageMetadata) -> TensorStorageMetadata:
+    chunk = ChunkStorageMetadata(torch.Size([0] * len(tensor.size)), tensor.size)
+    return dataclasses.replace(tensor, chunks=[chunk])
+
+
+def _carry_manifest(conversion: Conversion, folder: Path) -> None:
+    """Keep what a run's checkpoint says of itself, so that it stays loadable by ``run.load``."""
+    if not (conversion.source / layout.MANIFEST).is_file():
+        return
+    manifest = layout.Manifest.read(conversion.source)
+    name = conversion.target_format.name
+    changed = dataclasses.replace(manifest, format=name, files=layout.file_sizes(folder))
+    changed.write(folder)

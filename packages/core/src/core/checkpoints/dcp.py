@@ -1,0 +1,133 @@
+"""The DCP format: what ``torch.distributed.checkpoint`` writes, read without running its pickles."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
+
+from core.checkpoints.blobs import Slice, locate
+from core.checkpoints.boxes import fill
+from core.errors import CheckpointError
+from core.storage import ByteSource, FileSource, disk_errors, plain_name
+
+if TYPE_CHECKING:
+    from core.run import Run
+
+_LARGEST_METADATA = 2**31
+
+
+def reader(path: Path, run: Run) -> DcpReader:
+    """Open a DCP folder."""
+    return DcpReader(path, run.checkpoints.storage().value.source(path))
+
+
+def writer(path: Path, run: Run) -> FileSystemWriter:
+    """DCP's own writer; one thread, because errors of further threads would be lost."""
+    return FileSystemWriter(path, thread_count=1, sync_files=True)
+
+
+class DcpReader(FileSystemReader):
+    """Reads a DCP folder: no pickle beyond a closed list of classes, no copy of a whole tensor."""
+
+    def __init__(self, path: Path, source: ByteSource | None = None) -> None:
+        super().__init__(path)
+        self._source = source or FileSource(path)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = Path(self.path) / ".metadata"
+        with disk_errors(f"cannot read {path}"):
+            if path.stat().st_size > _LARGEST_METADATA:
+                raise CheckpointError(f"{path} is no DCP metadata", why="it is too large")
+            content = path.read_bytes()
+        try:
+            found = _MetadataUnpickler(io.BytesIO(content)).load()
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(f"{path} is damaged", why=str(error)) from None
+        if not isinstance(found, Metadata):
+            raise CheckpointError(f"{path} is damaged", why="it holds no DCP metadata")
+        if found.storage_meta is None:
+            found.storage_meta = StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        for item in plan.items:
+            info = self.storage_data[item.storage_index]
+            if info.transform_descriptors:
+                return super().read_data(plan, planner)
+            plain_name(info.relative_path)
+            if item.type == LoadItemType.BYTE_IO:
+                blob = bytearray(info.length)
+                self._source.read_into(info.relative_path, info.offset, blob)
+                planner.load_bytes(item, io.BytesIO(blob))
+            else:
+                self._read_tensor(item, info, planner)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _read_tensor(self, item: ReadItem, info: Any, planner: LoadPlanner) -> None:
+        file = Slice(self._source, info.relative_path, info.offset, info.length)
+        stored = locate(file)
+        target = planner.resolve_tensor(item).detach()
+        if stored is not None:
+            fill(target, self._source, stored, item.storage_offsets)
+        else:
+            file.seek(0)
+            whole = torch.load(io.BufferedReader(file), map_location="cpu", weights_only=True)
+            target.copy_(_narrow(whole, item))
+        planner.commit_tensor(item, target)
+
+
+def _narrow(tensor: torch.Tensor, item: ReadItem) -> torch.Tensor:
+    for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+        tensor = tensor.narrow(dim, start, length)
+    return tensor
+
+
+_METADATA_CLASSES = {
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.filesystem",
+}
+_OTHER_CLASSES = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads DCP metadata and allows the classes that it is made of, no others."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = (module, name) in _OTHER_CLASSES
+        if module in _METADATA_CLASSES and name in _names_of(module):
+            allowed = True
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            allowed = True
+        if not allowed:
+            raise CheckpointError(
+                "the checkpoint's metadata was refused",
+                why=f"it wants to run {module}.{name}",
+                fix="do not load this checkpoint with other tools either, unless you trust it",
+            )
+        return super().find_class(module, name)
+
+
+def _names_of(module: str) -> set[str]:
+    if module == "torch.distributed.checkpoint.filesystem":
+        return {"_StorageInfo", "_StoragePrefix"}
+    return {*dcp_metadata.__all__, "_MEM_FORMAT_ENCODING"}

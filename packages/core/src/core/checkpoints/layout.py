@@ -1,0 +1,161 @@
+"""Step folders of a run: names, manifests, which is the newest valid one, who owns the folder.
+
+A checkpoint is a folder ``step-00000120`` with the files of its format and a ``manifest.json`` that
+lists them with their sizes. It is written under a temporary name and renamed when it is complete,
+so a folder with a step's name and no valid manifest is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.errors import CheckpointError
+from core.storage import TEMPORARY, disk_errors, plain_name, sync_file
+
+MANIFEST = "manifest.json"
+VERSION = 1
+_STEP = re.compile(r"step-(\d{8,})")
+_LARGEST_MANIFEST = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint folder says of itself.
+
+    Args:
+        step: optimizer steps done when it was saved.
+        format: name of the checkpoint format of the other files.
+        world_size: number of ranks that saved it.
+        values: non-tensor state by key.
+        run: plugins, plan and settings of the run that saved it.
+        files: size in bytes of every other file.
+    """
+
+    step: int
+    format: str
+    world_size: int
+    values: dict[str, Any]
+    run: dict[str, Any]
+    files: dict[str, int]
+
+    def write(self, folder: Path) -> None:
+        """Write and sync it in ``folder``."""
+        content = json.dumps({"version": VERSION, **self.__dict__}, indent=1)
+        sync_file(folder / MANIFEST, content.encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read it and check that every file it lists is there in its full size.
+
+        Raises:
+            CheckpointError: naming the file that is missing, truncated or not understood.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise CheckpointError(f"{folder} is no checkpoint", why=f"it has no {MANIFEST}")
+        with disk_errors(f"cannot read {path}"):
+            if path.stat().st_size > _LARGEST_MANIFEST:
+                raise CheckpointError(f"{path} is no manifest", why="it is too large")
+            text = path.read_bytes()
+        try:
+            content = json.loads(text)
+            version = content.pop("version")
+            if version != VERSION:
+                raise CheckpointError(f"{path} has version {version}", why=f"known: {VERSION}")
+            manifest = cls(**content)
+            files = {plain_name(name): int(size) for name, size in manifest.files.items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{path} is damaged", why=str(error)) from None
+        for name, size in files.items():
+            found = (folder / name).stat().st_size if (folder / name).is_file() else None
+            if found != size:
+                state = "missing" if found is None else f"{found:,} bytes long, not {size:,}"
+                raise CheckpointError(f"{folder / name} is {state}", fix="use an older checkpoint")
+        return manifest
+
+
+def step_folder(directory: Path, step: int) -> Path:
+    """Final path of the checkpoint of ``step``."""
+    return directory / f"step-{step:08d}"
+
+
+def steps(directory: Path) -> list[tuple[int, Path]]:
+    """Committed checkpoints by step, newest first, without looking inside."""
+    if not directory.is_dir():
+        return []
+    found = ((_STEP.fullmatch(path.name), path) for path in directory.iterdir())
+    return sorted(((int(m[1]), path) for m, path in found if m and path.is_dir()), reverse=True)
+
+
+def newest_valid(directory: Path) -> tuple[Path, Manifest, list[str]]:
+    """Find the newest checkpoint that is whole.
+
+    Returns:
+        its folder, its manifest, and a sentence for every newer one that had to be skipped.
+
+    Raises:
+        CheckpointError: when there is none.
+    """
+    skipped: list[str] = []
+    for _, path in steps(directory):
+        try:
+            return path, Manifest.read(path), skipped
+        except CheckpointError as error:
+            skipped.append(f"{error.what}: {error.why}" if error.why else error.what)
+    why = "; ".join(skipped) or "there is none yet"
+    raise CheckpointError(f"no valid checkpoint in {directory}", why=why)
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Sizes of all files of a folder but the manifest."""
+    return {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.name != MANIFEST}
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` checkpoints; 0 keeps everything."""
+    for _, path in steps(directory)[keep:] if keep else ():
+        doomed = path.with_name(f"{path.name}{TEMPORARY}removed")
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what an interrupted save left behind; only the owner of the lock may call it."""
+    for path in _leftovers(directory):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _leftovers(directory: Path) -> Iterator[Path]:
+    return (path for path in directory.iterdir() if TEMPORARY in path.name and path.is_dir())
+
+
+class Lock:
+    """Exclusive ownership of a checkpoint directory by one job, released when its process ends.
+
+    Raises:
+        CheckpointError: when another job saves into ``directory``.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        with disk_errors(f"cannot create {directory}"):
+            directory.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._descriptor)
+            raise CheckpointError(
+                f"another job saves into {directory}", fix="choose another folder for this run"
+            ) from None
+
+    def release(self) -> None:
+        """Give it up."""
+        os.close(self._descriptor)

@@ -1,0 +1,53 @@
+"""Random number generators of a rank, as tensors: saved with every checkpoint, restored exactly."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def capture() -> dict[str, Tensor]:
+    """States of the generators of Python, numpy, torch and, where used, the GPU of this rank."""
+    version, words, gauss = random.getstate()
+    numpy_state = cast(dict[str, object], np.random.get_state(legacy=False))
+    inner = cast(dict[str, object], numpy_state["state"])
+    found = {
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
+        "numpy": torch.from_numpy(np.asarray(inner["key"]).astype(np.int64)),
+        "numpy_rest": torch.tensor(
+            [float(cast(int, inner["pos"])), float(cast(int, numpy_state["has_gauss"]))]
+            + [float(cast(float, numpy_state["gauss"]))],
+            dtype=torch.float64,
+        ),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        found["cuda"] = torch.cuda.get_rng_state()
+    return found
+
+
+def restore(state: Mapping[str, Tensor]) -> None:
+    """Put the generators back into a captured state."""
+    version, *words = (int(word) for word in state["python"].tolist())
+    gauss = float(state["python_gauss"])
+    random.setstate((version, tuple(words), None if gauss != gauss else gauss))
+    position, has_gauss, cached = state["numpy_rest"].tolist()
+    key = state["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", key, int(position), int(has_gauss), cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def derive(seed: int, step: int, rank: int) -> None:
+    """Seed all generators anew for a rank that the checkpoint does not know."""
+    mixed = int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)

@@ -1,0 +1,62 @@
+"""``core convert``: from any readable checkpoint format to any writable one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from core.cli.options import as_json, make_run
+from core.cli.table import echo_json
+
+
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--to", required=True, metavar="FORMAT", help="Format to write, such as safetensors.")
+@click.option("--skip-objects", is_flag=True, help="Leave out entries that are no tensors.")
+@click.option("--dry-run", is_flag=True, help="Check and print what would be done.")
+@as_json
+@click.pass_context
+def convert(
+    ctx: click.Context,
+    source: Path,
+    target: Path,
+    to: str,
+    skip_objects: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Convert the checkpoint SOURCE into a new folder TARGET.
+
+    Tensors stream through memory one at a time, and the target appears when it is complete.
+
+    \b
+    Example:
+      core convert runs/quickstart/checkpoints/step-00000700 exported --to safetensors
+    """
+    from core.checkpoints.convert import execute, plan
+
+    with make_run(ctx) as run:
+        conversion, reader = plan(source, target, to, run, skip_objects=skip_objects)
+        described = {
+            "source": str(source),
+            "from": conversion.source_format.name,
+            "target": str(target),
+            "to": conversion.target_format.name,
+            "tensors": len(conversion.tensors),
+            "bytes": conversion.total_bytes,
+            "skipped": list(conversion.skipped),
+            "done": not dry_run,
+        }
+        if not dry_run:
+            with click.progressbar(
+                length=max(1, conversion.total_bytes), label=f"{described['from']} -> {to}"
+            ) as bar:
+                execute(conversion, reader, run, lambda name, size: bar.update(size))
+    if as_json:
+        echo_json(described)
+        return
+    verb = "would write" if dry_run else "wrote"
+    count, size = len(conversion.tensors), conversion.total_bytes
+    click.echo(f"{verb} {target}: {count} tensors, {size:,} bytes, {described['from']} -> {to}")

@@ -1,0 +1,85 @@
+"""Options that several commands share, and the run that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from core.cli import plugins_of
+from core.discovery import discover
+from core.run import Run, start
+from core.settings import gather
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the user said about the run."""
+
+    settings: Path | None
+    assignments: tuple[str, ...]
+    enable: tuple[str, ...]
+
+
+def run_options(command: F) -> F:
+    """Add ``--settings``, ``--set`` and ``--enable``."""
+    options = [
+        click.option(
+            "--settings",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="TOML settings file, or the settings.json of an earlier run.",
+        ),
+        click.option(
+            "--set",
+            "assignments",
+            multiple=True,
+            metavar="SECTION.KEY=VALUE",
+            help="Set one value, over file and environment. Repeatable.",
+        ),
+        click.option(
+            "--enable",
+            multiple=True,
+            metavar="PLUGIN",
+            help="Let a plugin change the model. Repeatable; adds to the file's list.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def make_run(
+    ctx: click.Context,
+    settings: Path | None = None,
+    assignments: Sequence[str] = (),
+    enable: Sequence[str] = (),
+    *,
+    folder: Path = Path("runs/run"),
+    resume: bool = False,
+) -> Run:
+    """Start a run from the options of a command."""
+    values = gather(settings, assignments=assignments)
+    listed = values.tree.get("enable", [])
+    disabled = values.tree.get("disable", [])
+    root = ctx.find_root().params
+    plugins = plugins_of(ctx)
+    if isinstance(disabled, list) and disabled:
+        names = [*map(str, disabled), *root["no_plugin"]]
+        plugins = discover(disabled=names, everything_off=root["no_plugins"])
+    together = [*listed, *enable] if isinstance(listed, list) else None
+    return start(
+        settings,
+        set=assignments,
+        enable=together if enable else None,
+        folder=folder,
+        resume=resume,
+        plugins=plugins,
+    )

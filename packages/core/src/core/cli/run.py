@@ -1,0 +1,157 @@
+"""``core run RECIPE`` and ``core plan``."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from core.cli import plugins_of
+from core.cli.options import as_json, make_run, run_options
+from core.cli.table import echo_json, echo_table
+from core.contributions import Recipe
+from core.errors import CoreError, closest
+from core.hooks import Hooks
+from core.plugins import Plugins
+from core.run import Run
+
+
+def recipes(plugins: Plugins) -> dict[str, Recipe]:
+    """All recipes by name.
+
+    Raises:
+        CoreError: when two plugins offer one name.
+    """
+    found: dict[str, Recipe] = {}
+    for contributed in plugins.collect_safely(Hooks.core_recipes):
+        if isinstance(contributed.value, Recipe):
+            if contributed.value.name in found:
+                raise CoreError(f"two plugins offer the recipe {contributed.value.name!r}")
+            found[contributed.value.name] = contributed.value
+    return found
+
+
+class RecipeName(click.ParamType):
+    """Name of a recipe, completed by the shell."""
+
+    name = "recipe"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        names = recipes(plugins_of(ctx)).items()
+        return [CompletionItem(n, help=r.summary) for n, r in names if n.startswith(incomplete)]
+
+
+@click.command()
+@click.argument("recipe", type=RecipeName(), required=False)
+@run_options
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the run.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in the folder.")
+@click.option("--overwrite", is_flag=True, help="Remove an earlier run from the folder first.")
+@as_json
+@click.pass_context
+def run(
+    ctx: click.Context,
+    recipe: str | None,
+    settings: Path | None,
+    assignments: tuple[str, ...],
+    enable: tuple[str, ...],
+    out: Path | None,
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Run a recipe; without one, list them.
+
+    Under torchrun, all ranks run it together.
+
+    \b
+    Example:
+      core run quickstart
+      core run train --set train.text=["notes/"] --out runs/notes
+      torchrun --nproc-per-node 2 -m core run train --out runs/two-ranks
+    """
+    offered = recipes(plugins_of(ctx))
+    if recipe is None:
+        echo_table(("RECIPE", "WHAT"), [(name, r.summary) for name, r in sorted(offered.items())])
+        return
+    if recipe not in offered:
+        names = sorted(offered)
+        known = f"known: {', '.join(names)}"
+        raise CoreError(f"no recipe {recipe!r}{closest(recipe, names)}", fix=known)
+    folder = out or Path("runs") / recipe
+    with make_run(ctx, settings, assignments, enable, folder=folder, resume=resume) as started:
+        _claim(started, overwrite)
+        started.write_description()
+        started.tell(f"run in {folder}; " + _plan_line(started))
+        results = offered[recipe].main(started)
+        started.checkpoints.wait()
+        if started.is_main:
+            _show(results, as_json)
+
+
+@click.command()
+@run_options
+@as_json
+@click.pass_context
+def plan(
+    ctx: click.Context,
+    settings: Path | None,
+    assignments: tuple[str, ...],
+    enable: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Show what a run with these settings would be made of, and change nothing.
+
+    \b
+    Example:
+      core plan --enable fp6 --set fp6.bits=5
+    """
+    with make_run(ctx, settings, assignments, enable) as started:
+        described = started.describe()
+        tree = started.settings_tree()
+        if as_json:
+            echo_json({**described, "settings": tree})
+            return
+        rows = [(p["stage"], p["id"], p["phase"], ", ".join(p["claims"])) for p in described["plan"]]
+        if rows:
+            echo_table(("STAGE", "TRANSFORM", "PHASE", "CLAIMS"), rows)
+        else:
+            click.echo("no transforms: no plugin is enabled")
+        for section, content in tree.items():
+            if isinstance(content, Mapping):
+                click.echo(f"\n[{section}]")
+                for key, value in content.items():
+                    click.echo(f"{key} = {value!r}")
+
+
+def _claim(run: Run, overwrite: bool) -> None:
+    """Refuse to mix two runs in one folder; rank 0 decides for all."""
+    problem = ""
+    if run.is_main and not run.resume and (run.folder / "settings.json").exists():
+        if overwrite:
+            shutil.rmtree(run.folder)
+        else:
+            problem = f"{run.folder} holds a run already"
+    if any(run.ranks.gather(problem)):
+        fix = "pass --resume to go on, --overwrite to start anew, or another --out"
+        raise CoreError(problem or "rank 0 refused the folder", fix=fix)
+
+
+def _plan_line(run: Run) -> str:
+    chosen = run.checkpoints.format()
+    ids = ", ".join(run.plan.ids) or "no transforms"
+    return f"plan: {ids}; checkpoints: {chosen.value.name}, {chosen.why}"
+
+
+def _show(results: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        echo_json(dict(results))
+        return
+    rows = [(k, f"{v:.4f}" if isinstance(v, float) else str(v)) for k, v in results.items()]
+    echo_table(("RESULT", "VALUE"), rows)

@@ -1,0 +1,30 @@
+"""Plain tables for commands that must start fast, and JSON for scripts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import click
+
+
+def echo_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print columns; the last one wraps to the width of the terminal."""
+    lines = [tuple(head), *(tuple(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head) - 1)]
+    indent = sum(widths) + 2 * len(widths)
+    width = max(72, shutil.get_terminal_size().columns)
+    for line in lines:
+        left = "".join(f"{cell:<{w}}  " for cell, w in zip(line, widths, strict=False))
+        text = click.wrap_text(line[-1], max(24, width - indent))
+        first, *rest = text.splitlines() or [""]
+        click.echo(f"{left}{first}".rstrip())
+        for more in rest:
+            click.echo(" " * indent + more)
+
+
+def echo_json(value: Any) -> None:
+    """Print a value as indented JSON."""
+    click.echo(json.dumps(value, indent=2, default=str))

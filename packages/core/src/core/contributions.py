@@ -1,0 +1,325 @@
+"""What plugins contribute: frozen dataclasses yielded by the hooks.
+
+Contributions are plain data with functions in them. They must pickle (no lambdas), because spawned
+workers discover plugins again and compare what they find. torch is a name for type checkers here:
+importing this module never imports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
+
+    from core.engines import Engine
+    from core.run import Run
+    from core.storage import ByteSink, ByteSource
+
+T = TypeVar("T")
+
+
+class Settings:
+    """Base of settings dataclasses; a plugin's section in the settings file is its own name.
+
+    Subclasses are frozen, keyword-only dataclasses. Constraints are ``Annotated`` with the marks of
+    ``annotated_types``; the docstring under a field is its documentation.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from typing import Annotated
+        >>> from annotated_types import Ge, Le
+        >>> @dataclass(frozen=True, kw_only=True)
+        ... class Fp(Settings):
+        ...     bits: Annotated[int, Ge(4), Le(8)] = 6
+        ...     '''Bits per weight.'''
+        >>> Fp().bits
+        6
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {
+        "extra": "forbid",
+        "use_attribute_docstrings": True,
+    }
+
+
+@dataclass(frozen=True)
+class Stage(Generic[T]):
+    """A point of a run at which enabled transforms are chained over one subject of type ``T``.
+
+    Stages compare by name; third parties may make new ones.
+    """
+
+    name: str
+
+
+class Phase(IntEnum):
+    """Coarse order of transforms inside one stage; lower runs first."""
+
+    STRUCTURE = 10
+    KERNEL = 20
+    PRECISION = 30
+    PARALLEL = 40
+    COMPILE = 50
+
+
+MODEL: Stage[nn.Module] = Stage("model")
+"""The model after its weights are loaded and before the optimizer is built."""
+
+BATCH: Stage[MutableMapping[str, Tensor]] = Stage("batch")
+"""One batch of named tensors, before it goes to the device."""
+
+PIPELINE: Stage[Any] = Stage("pipeline")
+"""A diffusers pipeline, before its first step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transform(Generic[T]):
+    """A change that an enabled plugin makes to the subject of a stage.
+
+    Args:
+        stage: where it runs; fixes the type of the subject.
+        name: short name, unique in its plugin; the id is ``plugin.name``.
+        apply: takes the subject and the run, returns the subject or its replacement.
+        phase: coarse order among strangers.
+        claims: exclusive slots it takes, such as ``attention``, ``positions``, ``linear``,
+            ``mlp``, ``loss``, ``embedding``. Two claimants of one slot are an error.
+        after: ids (or unique short names) that must run earlier, where they are in the plan.
+        before: ids (or unique short names) that must run later.
+    """
+
+    stage: Stage[T]
+    name: str
+    apply: Callable[[T, Run], T]
+    phase: Phase = Phase.STRUCTURE
+    claims: frozenset[str] = frozenset()
+    after: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+
+
+def always_works(path: Path) -> str:
+    """Give no reason against ``path``: the default of every ``works`` field."""
+    return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFormat:
+    """A checkpoint layout on disk, as DCP readers and writers.
+
+    A converter is the reader of one format and the writer of another, so a new format is readable
+    into and from all others at once.
+
+    Args:
+        name: what ``checkpoint.format`` and ``core convert --to`` call it.
+        summary: one sentence.
+        detect: whether a path holds this format; fast, and false on everybody else's files.
+        reader: opens a path for reading, or ``None`` when the format is only written.
+        writer: opens a folder for writing, or ``None`` when the format is only read. A writer that
+            also is a DCP ``AsyncStager`` stages for itself.
+        preference: ``checkpoint.format = "auto"`` takes the highest that works; ``None`` means it
+            must be asked for by name.
+        works: why it cannot be used for checkpoints in this folder, or an empty string.
+    """
+
+    name: str
+    summary: str
+    detect: Callable[[Path], bool]
+    reader: Callable[[Path, Run], StorageReader] | None = None
+    writer: Callable[[Path, Run], StorageWriter] | None = None
+    preference: int | None = None
+    works: Callable[[Path], str] = always_works
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """A way to move bytes between memory and a folder: the carrier below checkpoint writers.
+
+    Args:
+        name: what ``checkpoint.storage`` calls it.
+        summary: one sentence.
+        sink: opens a new folder for writing; nothing is visible there before ``commit()``.
+        source: opens an existing folder or file for reading.
+        preference: ``checkpoint.storage = "auto"`` takes the highest that works.
+        works: why it cannot be used on this disk, or an empty string.
+    """
+
+    name: str
+    summary: str
+    sink: Callable[[Path], ByteSink]
+    source: Callable[[Path], ByteSource]
+    preference: int | None = None
+    works: Callable[[Path], str] = always_works
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineType:
+    """An inference engine that can be built on a live model.
+
+    Args:
+        name: what ``engine.name`` calls it.
+        summary: one sentence.
+        build: makes an engine on the module itself, copying no parameter.
+        preference: ``engine.name = "auto"`` takes the highest.
+    """
+
+    name: str
+    summary: str
+    build: Callable[[nn.Module, Run], Engine]
+    preference: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFamily:
+    """A family of models with named presets, built with fresh weights.
+
+    Args:
+        name: what ``train.model = "family:preset"`` calls it.
+        summary: one sentence.
+        presets: names of the presets.
+        build: makes the model of a preset; ``overrides`` are configuration fields to replace.
+    """
+
+    name: str
+    summary: str
+    presets: tuple[str, ...]
+    build: Callable[[str, Mapping[str, Any]], nn.Module]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A pipeline that ``core run NAME`` executes.
+
+    Args:
+        name: what the command line calls it.
+        summary: one sentence.
+        main: runs it and returns named results for the closing table.
+    """
+
+    name: str
+    summary: str
+    main: Callable[[Run], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of a recipe's closing table: what a step did, against the plain way.
+
+    Args:
+        what: what was measured.
+        plain: the figure without the plugin, in the same run; empty where there is none.
+        ours: the figure with it.
+        note: conditions or remarks.
+    """
+
+    what: str
+    ours: str
+    plain: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A step that an installed plugin adds to another package's recipe.
+
+    Args:
+        recipe: name of the recipe it belongs to, such as ``quickstart``.
+        name: short name of the step, shown while it runs.
+        summary: one sentence.
+        main: does the work on the recipe's own subject and returns rows for its closing table.
+        order: steps run in ascending order; equal ones by plugin name.
+    """
+
+    recipe: str
+    name: str
+    summary: str
+    main: Callable[[Run, Any], Iterable[Row]]
+    order: int = 50
+
+
+Status = Literal["ok", "warn", "fail", "skip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """One result of a probe.
+
+    Args:
+        name: what was looked at.
+        status: ``fail`` makes ``core doctor`` exit with 1.
+        value: the figure or finding.
+        unit: unit of ``value``; a ratio has the unit ``x``.
+        limit: what the value is held against.
+        advice: what to do about it.
+    """
+
+    name: str
+    status: Status
+    value: float | str = ""
+    unit: str = ""
+    limit: str = ""
+    advice: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A check of this machine (fast: ``core doctor``) or a benchmark (slow: ``core bench``)."""
+
+    name: str
+    summary: str
+    measure: Callable[[Run], Iterable[Reading]]
+    slow: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStarted:
+    """The run is validated and planned; nothing was changed yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepEnded:
+    """An optimizer step ended.
+
+    Args:
+        step: number of optimizer steps done so far; the first step ends with 1.
+        metrics: figures of this step, such as ``loss`` in nats per token.
+    """
+
+    step: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSaved:
+    """A checkpoint is durable at ``path``."""
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEnded:
+    """The run is over; ``error`` is empty when it went well."""
+
+    error: str = ""
+
+
+Event = RunStarted | StepEnded | CheckpointSaved | RunEnded
+
+CheckpointContribution = CheckpointFormat | Storage
+RecipeContribution = Recipe | Step
+YIELDED_BY: Mapping[str, tuple[type[Any], ...]] = {
+    "core_settings": (type,),
+    "core_transforms": (Transform,),
+    "core_checkpoints": (CheckpointFormat, Storage),
+    "core_engines": (EngineType,),
+    "core_models": (ModelFamily,),
+    "core_recipes": (Recipe, Step),
+    "core_commands": (object,),
+    "core_probes": (Probe,),
+}
+"""What each collected hook may yield; ``core_commands`` is checked by the command line itself."""

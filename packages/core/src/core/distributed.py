@@ -1,0 +1,128 @@
+"""The process among its ranks: where it runs, and agreement at the start."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from core.errors import CoreError, PluginError
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass
+class Ranks:
+    """This process among the ranks of its job, as ``torchrun`` describes it in the environment.
+
+    Args:
+        rank: global rank.
+        world_size: number of ranks.
+        local_rank: rank on this machine, which is also the index of its GPU.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        """Read ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK``.
+
+        Raises:
+            CoreError: when one of them is no number.
+        """
+        try:
+            numbers = [int(os.environ.get(k, d)) for k, d in _VARIABLES]
+        except ValueError as error:
+            raise CoreError("RANK, WORLD_SIZE or LOCAL_RANK is no number", why=str(error)) from None
+        return cls(*numbers)
+
+    def __post_init__(self) -> None:
+        self._owns_group = False
+
+    def join(self) -> None:
+        """Join the default process group, unless there is one or the job has one rank."""
+        if self.world_size == 1:
+            return
+        import torch
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            cuda = torch.cuda.is_available()
+            if cuda:
+                torch.cuda.set_device(self.local_rank)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            self._owns_group = True
+
+    def leave(self) -> None:
+        """Leave the process group if :meth:`join` made it."""
+        if self._owns_group:
+            import torch.distributed as dist
+
+            self._owns_group = False
+            dist.destroy_process_group()
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The GPU of this rank, or the CPU where there is none."""
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.device("cuda", self.local_rank)
+        return torch.device("cpu")
+
+    @cached_property
+    def mesh(self) -> DeviceMesh | None:
+        """One data-parallel dimension ``dp`` over all ranks; ``None`` for a single process."""
+        if self.world_size == 1:
+            return None
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=("dp",))
+
+    @cached_property
+    def cpu_group(self) -> ProcessGroup | None:
+        """A gloo group of all ranks for checkpoints; all ranks must ask for it together."""
+        if self.world_size == 1:
+            return None
+        import torch.distributed as dist
+
+        return dist.new_group(backend="gloo")
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's ``value``, in the order of ranks."""
+        if self.world_size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, value, group=self.cpu_group)
+        return everyone
+
+    def require_same(self, facts: Mapping[str, Any]) -> None:
+        """Stop all ranks when their facts differ.
+
+        Raises:
+            PluginError: on every rank alike, naming the ranks, the fact, and both values.
+        """
+        everyone = self.gather({key: json.dumps(value, default=str) for key, value in facts.items()})
+        problems = []
+        for key in sorted({key for one in everyone for key in one}):
+            common = Counter(one.get(key, "absent") for one in everyone).most_common(1)[0][0]
+            for rank, one in enumerate(everyone):
+                value = one.get(key, "absent")
+                if value != common:
+                    problems.append(f"rank {rank} differs: {key} {value} (others {common})")
+        if problems:
+            raise PluginError("; ".join(problems), fix="install and configure all ranks alike")
+
+
+_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))

@@ -1,0 +1,1 @@
+"""Core inside other people's training loops."""
