@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -123,22 +123,22 @@ def register_attention(
 
         register_attention("core_fpdt", chunked_attention, lazy_mask)
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as FUNCTIONS
 
     _check_name(name)
     function = forward if rotates else partial(_rotate_then, forward)
     new = _Registered(forward, mask, function)
-    functions, masks = AttentionInterface(), AttentionMaskInterface()
     old = _registered.get(name)
-    if old is not None and functions.get(name) is old.function and masks.get(name) is old.mask:
+    if old is not None and FUNCTIONS.get(name) is old.function and MASKS.get(name) is old.mask:
         if not all(_same(a, b) for a, b in zip(old, new, strict=True)):
             raise PluginError(f"another attention function is called {name!r}", fix="rename one")
         return
-    if name in functions or name in masks:
+    if name in FUNCTIONS or name in MASKS:
         why = "somebody else registered it with transformers"
         raise PluginError(f"the attention name {name!r} is taken", why=why, fix="use another name")
-    AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, mask)
+    FUNCTIONS.register(name, function)
+    MASKS.register(name, mask)
     _registered[name] = new
 
 
@@ -168,13 +168,12 @@ def switch_attention(model: nn.Module, name: str) -> Callable[[], None]:
         inner.set_attn_implementation(name)
     except Exception as error:
         undo()
-        why = f"{type(error).__name__}: {error}"
-        raise ModelError(f"{type(model).__name__} refuses attention {name!r}", why=why) from error
+        raise ModelError(f"{type(model).__name__} refuses {name!r}", why=str(error)) from error
     return undo
 
 
 @contextmanager
-def use_attention(model: nn.Module, name: str) -> Iterator[None]:
+def use_attention(model: nn.Module, name: str) -> Generator[None]:
     """Use a registered attention function inside a ``with`` block.
 
     Raises:
@@ -267,7 +266,8 @@ def _switchable(model: nn.Module) -> Any:
         raise ModelError(
             f"the attention of {name} cannot be replaced", why="it is no transformers model"
         )
-    if not inner._can_set_attn_implementation():
+    # The public setter only logs what this tells.
+    if not cast(Any, inner)._can_set_attn_implementation():
         why = f"{type(inner).__name__} does not use transformers' AttentionInterface"
         raise ModelError(f"the attention of {name} cannot be replaced", why=why)
     return inner

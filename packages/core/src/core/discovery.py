@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from inspect import signature
+from io import StringIO
 from typing import Any
 
 import pluggy
@@ -21,6 +26,8 @@ BUILTIN = "core"
 """Name of core's own plugin: what core contributes goes through the same hooks."""
 RESERVED = frozenset({BUILTIN, "checkpoint", "engine", "train", "quickstart"})
 """Names a plugin cannot have, because core's settings sections have them."""
+SLOW = 1.0
+"""Seconds of import from which on a plugin's row says so."""
 
 
 def discover(
@@ -34,20 +41,42 @@ def discover(
         everything_off: leave all plugins out but core's own; also ``CORE_NO_PLUGINS=1``.
         strict: raise the first failure instead of recording it; also ``CORE_STRICT=1``.
     """
-    names = frozenset(disabled) | frozenset(filter(None, _environment("CORE_DISABLE").split(",")))
+    listed = (name.strip() for name in _environment("CORE_DISABLE").split(","))
+    names = frozenset(disabled) | frozenset(filter(None, listed))
     off = everything_off or _environment("CORE_NO_PLUGINS") not in ("", "0")
     strictly = strict if strict is not None else _environment("CORE_STRICT") not in ("", "0")
     return _discover(names, off, strictly)
 
 
+def plugins_from(instances: Mapping[str, object]) -> Plugins:
+    """Make plugins of objects that no entry point names, beside core's own: for tests.
+
+    Args:
+        instances: plugin objects by name.
+
+    Raises:
+        PluginError: when an object breaks a rule of the hooks.
+
+    Example:
+        >>> [plugin.name for plugin in plugins_from({})]
+        ['core']
+    """
+    manager, own = _with_builtin()
+    plugins = [own]
+    for name, instance in instances.items():
+        kind = type(instance)
+        target = f"{kind.__module__}:{kind.__qualname__}"
+        implementations = _register(manager, name, instance)
+        plugins.append(
+            Plugin(name=name, state=State.ACTIVE, target=target, implementations=implementations)
+        )
+    return Plugins(plugins)
+
+
 @cache
 def _discover(disabled: frozenset[str], off: bool, strict: bool) -> Plugins:
-    from core.builtin import Builtin
-
-    manager = pluggy.PluginManager(hooks.PROJECT)
-    manager.add_hookspecs(Hooks)
-    own = Plugin(name=BUILTIN, state=State.ACTIVE, reason="part of core", target="core.builtin")
-    plugins = [replace(own, implementations=_register(manager, BUILTIN, Builtin()))]
+    manager, own = _with_builtin()
+    plugins = [own]
     found = _scan()
     by_name = Counter(point.name for point in found if point.group == hooks.GROUP)
     for point in found:
@@ -66,6 +95,15 @@ def _discover(disabled: frozenset[str], off: bool, strict: bool) -> Plugins:
     return Plugins(plugins)
 
 
+def _with_builtin() -> tuple[pluggy.PluginManager, Plugin]:
+    from core.builtin import Builtin
+
+    manager = pluggy.PluginManager(hooks.PROJECT)
+    manager.add_hookspecs(Hooks)
+    own = Plugin(name=BUILTIN, state=State.ACTIVE, reason="part of core", target="core.builtin:Builtin")
+    return manager, replace(own, implementations=_register(manager, BUILTIN, Builtin()))
+
+
 def _scan() -> list[EntryPoint]:
     """Entry points of our groups, in an order that all ranks of a job agree on."""
     points = entry_points()
@@ -76,16 +114,18 @@ def _scan() -> list[EntryPoint]:
 
 
 def _distribution_name(point: EntryPoint) -> str:
-    return point.dist.name if point.dist is not None else ""
+    # The name is None where an interrupted uninstallation left no METADATA behind.
+    return (point.dist.name or "") if point.dist is not None else ""
 
 
 def _describe(point: EntryPoint) -> Plugin:
-    version = point.dist.version if point.dist is not None else ""
+    distribution = _distribution_name(point)
     return Plugin(
-        name=point.name,
+        # Core's own name is taken before anything is loaded: show the other one all the same.
+        name=f"{BUILTIN} ({distribution})" if point.name == BUILTIN else point.name,
         state=State.ACTIVE,
-        distribution=_distribution_name(point),
-        version=version,
+        distribution=distribution,
+        version=(point.dist.version or "") if point.dist is not None else "",
         target=point.value,
     )
 
@@ -109,17 +149,29 @@ def _conflict(plugin: Plugin, found: Iterable[EntryPoint]) -> Plugin:
 
 def _load(manager: pluggy.PluginManager, plugin: Plugin, point: EntryPoint, strict: bool) -> Plugin:
     try:
-        if plugin.name in RESERVED:
-            raise PluginError(f"the name {plugin.name!r} belongs to core", fix="rename the plugin")
-        target = point.load()
-        instance = target() if isinstance(target, type) else target
-        return replace(plugin, implementations=_register(manager, plugin.name, instance))
+        if point.name in RESERVED:
+            raise PluginError(f"the name {point.name!r} belongs to core", fix="rename the plugin")
+        started = time.perf_counter()
+        with redirect_stdout(StringIO()) as printed:
+            target = point.load()
+            instance = target() if isinstance(target, type) else target
+        remark = _remark(printed.getvalue(), time.perf_counter() - started)
+        implementations = _register(manager, plugin.name, instance)
+        return replace(plugin, reason=remark, implementations=implementations)
     except KeyboardInterrupt:
         raise
     except BaseException as error:
         if strict:
             raise
         return replace(plugin, state=State.BROKEN, reason=one_line(error))
+
+
+def _remark(printed: str, seconds: float) -> str:
+    """What a user should know of a plugin that works, but does at import what it should not."""
+    remarks = [f"takes {seconds:.1f} s to import"] if seconds > SLOW else []
+    if printed.strip():
+        remarks.append(f"prints at import: {printed.strip().splitlines()[0]!r}")
+    return "; ".join(remarks)
 
 
 def _register(
@@ -130,7 +182,7 @@ def _register(
     try:
         manager.register(instance, name=name)
     except pluggy.PluginValidationError as error:
-        raise PluginError(str(error).splitlines()[-1].strip()) from None
+        raise PluginError(_why_invalid(str(error))) from None
     implementations: dict[str, Callable[..., Any]] = {}
     for caller in manager.get_hookcallers(instance) or ():
         if not caller.has_spec():
@@ -146,6 +198,17 @@ def _register(
     return implementations
 
 
+def _why_invalid(text: str) -> str:
+    """Say in one line what pluggy says in four: the first names the hook, the last the fault."""
+    first, *_, last = text.splitlines()
+    hook = first.rpartition("hook ")[2].strip("'")
+    wrong = re.search(r"\{.*?'(\w+)'", last)
+    if wrong is None:
+        return f"{hook}: {last.strip()}"
+    known = [name for name in signature(getattr(Hooks, hook)).parameters if name != "self"]
+    return f"{hook} has no argument {wrong[1]!r}" + closest(wrong[1], known)
+
+
 def _refuse_unknown_hooks(instance: object) -> None:
     """Find methods that look like hooks but are none, or that lack the ``@hookimpl`` mark."""
     known = [n for n in vars(Hooks) if n.startswith("core_")]
@@ -156,7 +219,7 @@ def _refuse_unknown_hooks(instance: object) -> None:
             raise PluginError(f"unknown hook {name!r}" + closest(name, known))
         overridden = getattr(type(instance), name, None) is not getattr(Hooks, name, None)
         method = getattr(instance, name)
-        if isinstance(instance, Hooks) and overridden and not hasattr(method, "core_impl"):
+        if name in known and overridden and not hasattr(method, "core_impl"):
             raise PluginError(f"{name} is not marked", fix=f"write @hookimpl above def {name}")
 
 
@@ -169,7 +232,8 @@ def _by_name(impl: pluggy.HookImpl, caller: pluggy.HookCaller) -> Callable[..., 
 
     def call(*args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False)) | kwargs
-        return impl.function(*[given[name] for name in impl.argnames])
+        optional = {name: given[name] for name in impl.kwargnames if name in given}
+        return impl.function(*[given[name] for name in impl.argnames], **optional)
 
     return call
 

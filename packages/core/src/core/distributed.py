@@ -113,7 +113,7 @@ class Ranks:
         Raises:
             PluginError: on every rank alike, naming the ranks, the fact, and both values.
         """
-        everyone = self.gather({key: json.dumps(value, default=str) for key, value in facts.items()})
+        everyone = self.gather({key: _text(value) for key, value in facts.items()})
         problems = []
         for key in sorted({key for one in everyone for key in one}):
             common = Counter(one.get(key, "absent") for one in everyone).most_common(1)[0][0]
@@ -123,6 +123,10 @@ class Ranks:
                     problems.append(f"rank {rank} differs: {key} {value} (others {common})")
         if problems:
             raise PluginError("; ".join(problems), fix="install and configure all ranks alike")
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str, sort_keys=True)
 
 
 _VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))

@@ -8,7 +8,7 @@ through the model before and after, compare layer by layer, and refuse by layer 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -196,7 +196,7 @@ def require_calls(trace: Trace, attention: str) -> None:
 
 
 @contextmanager
-def counted(name: str) -> Iterator[list[nn.Module]]:
+def counted(name: str) -> Generator[list[nn.Module]]:
     """Collect the modules that call a registered attention function, one entry for every call.
 
     Raises:
@@ -208,18 +208,17 @@ def counted(name: str) -> Iterator[list[nn.Module]]:
             model(tokens)
         assert len(callers) == model.config.num_hidden_layers
     """
-    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as KNOWN
 
-    known = AttentionInterface()
-    if name not in known:
+    if name not in KNOWN:
         raise ModelError(f"no attention function {name!r} is registered with transformers")
-    function = known[name]
+    function = KNOWN[name]
     callers: list[nn.Module] = []
-    AttentionInterface.register(name, partial(_count, function, callers))
+    KNOWN.register(name, partial(_count, function, callers))
     try:
         yield callers
     finally:
-        AttentionInterface.register(name, function)
+        KNOWN.register(name, function)
 
 
 def _count(
@@ -266,11 +265,11 @@ def _compare(trace: Trace, where: str, old: Tensor, new: Tensor, tolerance: floa
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def _undisturbed(model: nn.Module) -> Generator[None]:
     """Evaluate without dropout and gradients; put modes and random state back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
+    devices = {p.device.index for p in model.parameters() if p.is_cuda}
+    with torch.random.fork_rng(devices=sorted(devices)):
         model.eval()
         try:
             with torch.no_grad():
@@ -282,9 +281,9 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 def _random_tokens(model: nn.Module, length: int | None, seed: int) -> tuple[Tensor, Tensor]:
     config = _config(model)
-    if length is None:
+    if not length:
         spans = [getattr(config, n, None) for n in ("sliding_window", "attention_chunk_size")]
-        length = min(max([_SHORT, *(span + _SHORT for span in spans if span)]), _LONGEST)
+        length = min(_SHORT + max(int(span or 0) for span in spans), _LONGEST)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(1, config.vocab_size, (2, length), generator=generator)
     real = torch.ones_like(tokens, dtype=torch.bool)

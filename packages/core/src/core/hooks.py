@@ -15,7 +15,7 @@ import pluggy
 
 if TYPE_CHECKING:
     import click
-    from typing_extensions import override
+    from typing_extensions import override as override
 
     from core.contributions import (
         CheckpointContribution,

@@ -7,9 +7,9 @@ to those influences goes into one field here, so that no cache has to know which
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from core.positions import Positions
@@ -82,14 +82,14 @@ class CacheIdentity:
         return replace(self, positions=policy.name, positions_digest=digest, regime=regime)
 
 
-def _pairs(name: str, value: Mapping[str, str] | Iterable[tuple[str, str]]) -> Pairs:
-    items = list(value.items() if isinstance(value, Mapping) else value)
+def _pairs(name: str, value: Any) -> Pairs:
+    items: list[Any] = list(cast(Any, value).items() if isinstance(value, Mapping) else value)
     for item in items:
         if not all(isinstance(text, str) for text in item):
             raise TypeError(f"{name} must map strings to strings, not {item!r}")
     if len({key for key, _ in items}) < len(items):
         raise ValueError(f"{name} has a key twice")
-    return tuple(sorted((key, text) for key, text in items))
+    return tuple(sorted(items))
 
 
 def _text(text: str) -> bytes:

@@ -138,7 +138,7 @@ def _resolve(names: Iterable[str], by_id: Mapping[str, Found]) -> list[str]:
         if name in by_id:
             found.append(name)
             continue
-        same = [id for id, item in by_id.items() if item.value.name == name]
+        same = sorted(id for id, item in by_id.items() if item.value.name == name)
         if len(same) > 1:
             raise PlanError(f"the name {name!r} means {' and '.join(same)}", fix="use the full id")
         found += same
@@ -158,7 +158,8 @@ def _refuse_shared_claims(found: list[Found]) -> None:
             claimants[slot].append(item.id)
     for slot, ids in sorted(claimants.items()):
         if len(ids) > 1:
-            raise PlanError(f"{' and '.join(ids)} both replace {slot!r}", fix="enable only one")
+            both = " and ".join(sorted(ids))
+            raise PlanError(f"{both} both replace {slot!r}", fix="enable only one")
 
 
 def select(transforms: Iterable[Found], enabled: Sequence[str]) -> list[Found]:

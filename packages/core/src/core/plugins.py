@@ -22,6 +22,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 logger = logging.getLogger("core")
 
+
 class State(StrEnum):
     """What discovery made of an entry point."""
 
@@ -182,16 +183,25 @@ class Plugins:
         """How many events each observer failed on."""
         return dict(self._event_errors)
 
+    def observations(self) -> list[str]:
+        """A line on each observer that failed, or that took more than a second in all."""
+        return [
+            f"observer {name!r}: {seconds:.1f} s in all, {self._event_errors[name]} failures"
+            for name, seconds in sorted(self.event_seconds.items())
+            if seconds > 1 or self._event_errors[name]
+        ]
+
     def require(self, names: Iterable[str]) -> list[Plugin]:
         """Return the named plugins, or stop with every one that is not active and why.
 
         Raises:
             PluginError: naming each plugin that is missing or not active, with its reason.
         """
-        bad = [self.explain(name) for name in names if not self.is_active(name)]
+        wanted = list(names)
+        bad = [self.explain(name) for name in wanted if not self.is_active(name)]
         if bad:
             raise PluginError("; ".join(bad), fix="see `core plugins` for what is installed")
-        return [self._plugins[name] for name in names]
+        return [self._plugins[name] for name in wanted]
 
     def is_active(self, name: str) -> bool:
         """Whether a plugin of this name takes part."""

@@ -7,10 +7,10 @@ frequencies picked request by request. Caches under a policy hold unrotated keys
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -18,22 +18,12 @@ from core.attention import is_ours, register_attention, switch_attention
 from core.contributions import MODEL, Phase, Transform
 from core.equivalence import decoder, record, require_calls, require_equivalent
 from core.errors import CoreError, ModelError
-from core.rotary import Rotary, Unrotated
-from core.rotation import Request, Rotation, Tokens, in_force, mark
+from core.rotary import Rotary
+from core.rotation import Rotation, in_force
+from core.tokens import RequestState, Tokens
 
 if TYPE_CHECKING:
     from core.run import Run
-
-__all__ = [
-    "ModelPositions",
-    "Positions",
-    "Request",
-    "Rotary",
-    "Tokens",
-    "positions",
-    "positions_transform",
-    "unrotated",
-]
 
 ATTENTION = "core_positions"
 """Registered name of the attention that a policy brings to models with a stock one."""
@@ -79,7 +69,7 @@ class Positions(Protocol):
         query: Tensor,
         key: Tensor,
         visible: Tensor,
-        requests: Sequence[Request],
+        requests: Sequence[RequestState],
     ) -> None:
         """Look at prompts before their first rotation; called once for each layer and prompt.
 
@@ -135,7 +125,7 @@ class ModelPositions:
         query: Tensor,
         key: Tensor,
         visible: Tensor,
-        requests: Sequence[Request],
+        requests: Sequence[RequestState],
     ) -> None:
         """Nothing is decided by the prompt."""
 
@@ -154,7 +144,7 @@ def positions(
     *,
     verify: bool = True,
     tolerance: float | None = None,
-) -> Iterator[None]:
+) -> Generator[None]:
     """Put a policy of positions in force inside a ``with`` block.
 
     Works in a plain forward pass and in ``model.generate`` with its cache and left padding; the
@@ -210,7 +200,7 @@ def positions_transform(
 
 
 @contextmanager
-def unrotated(model: nn.Module) -> Iterator[Rotary]:
+def unrotated(model: nn.Module) -> Generator[Rotary]:
     """Let a model hand over unrotated queries and keys, and get its own rotation.
 
     For engines that keep a store of keys and apply a policy themselves.
@@ -224,11 +214,11 @@ def unrotated(model: nn.Module) -> Iterator[Rotary]:
             ...
     """
     rotary = Rotary.of(model)
-    setattr(rotary.owner, rotary.attribute, Unrotated(rotary.embedding))
+    undo = rotary.replace()
     try:
         yield rotary
     finally:
-        setattr(rotary.owner, rotary.attribute, rotary.embedding)
+        undo()
 
 
 def _apply(
@@ -249,30 +239,26 @@ def _install(
     """Put a policy in force; closing the result puts everything back."""
     if in_force(decoder(model)) is not None:
         raise ModelError(f"{type(model).__name__} already has a policy of positions in force")
-    Rotary.of(model)
+    rotation = Rotation(ModelPositions(), Rotary.of(model))
     before = record(model) if verify else None
     with ExitStack() as stack:
-        rotation = Rotation(ModelPositions(), stack.enter_context(unrotated(model)))
-        _hook(model, rotation, stack)
+        stack.callback(rotation.rotary.replace())
+        stack.callback(rotation.attach(decoder(model)))
         name = _attention_name(model, stack)
+        owner = rotation.rotary.owner
+        stack.callback(owner.register_forward_pre_hook(_heeds_positions).remove)
         if before is not None:
             _prove(model, before, name, tolerance)
         rotation.policy = policy
         return stack.pop_all()
 
 
-def _hook(model: nn.Module, rotation: Rotation, stack: ExitStack) -> None:
-    owner = rotation.rotary.owner
-    replaced: nn.Module = getattr(owner, rotation.rotary.attribute)
-    hooks = [
-        owner.register_forward_pre_hook(rotation.before, with_kwargs=True),
-        replaced.register_forward_pre_hook(rotation.place, with_kwargs=True),
-        owner.register_forward_hook(rotation.after),
-    ]
-    for hook in hooks:
-        stack.callback(hook.remove)
-    mark(decoder(model), rotation)
-    stack.callback(mark, decoder(model), None)
+def _heeds_positions(owner: nn.Module, *_: Any) -> None:
+    """Forward pre-hook: attention that was switched by hand would attend without any positions."""
+    name = str(cast(Any, owner.config)._attn_implementation)
+    if not is_ours(name):
+        why = f"attention {name!r} does not heed the policy of positions in force"
+        raise ModelError(f"{type(owner).__name__} was changed", why=why, fix="use core.attention")
 
 
 def _attention_name(model: nn.Module, stack: ExitStack) -> str:

@@ -49,6 +49,8 @@ def measure(run: Run, probes: Sequence[Contributed[Probe]]) -> Iterator[Finding]
     for found in probes:
         try:
             for reading in found.value.measure(run):
+                if not isinstance(reading, Reading):
+                    raise PluginError(f"yielded a {type(reading).__name__}, not a Reading")
                 yield Finding(found.plugin, found.value.name, reading)
         except Exception as error:
             reading = Reading(name=found.value.name, status="fail", value=one_line(error))

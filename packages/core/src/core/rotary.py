@@ -11,6 +11,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 
 from core.equivalence import decoder
 from core.errors import ModelError
+
+# Longer than any request; still exact as a float32, in which angles are computed.
+_ANY_LENGTH = 2**24
 
 
 class Rotary:
@@ -62,6 +66,11 @@ class Rotary:
             raise ModelError(f"the positions of {name} cannot be replaced", why=why)
         return rotary
 
+    def replace(self) -> Callable[[], None]:
+        """Replace the embedding by :class:`Unrotated`; returns what puts it back."""
+        setattr(self.owner, self.attribute, Unrotated(self.embedding))
+        return partial(setattr, self.owner, self.attribute, self.embedding)
+
     def regime(self, module: nn.Module, length: int) -> int:
         """Return which frequencies hold for a request: equal numbers mean equal frequencies.
 
@@ -81,7 +90,7 @@ class Rotary:
         if self._typed:
             parameters = parameters[self._layer_type(module)]
         original = int(parameters["original_max_position_embeddings"])
-        return original + (length > original)
+        return _ANY_LENGTH if length > original else original
 
     def tables(
         self, module: nn.Module, x: Tensor, positions: Tensor, regime: int = 0

@@ -8,8 +8,8 @@ positions of the cached keys, batch by batch, and lets the policy rotate right b
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from core.errors import ModelError
 from core.rotary import Rotary
+from core.tokens import RequestState, Tokens
 
 if TYPE_CHECKING:
     from core.positions import Positions
@@ -25,87 +26,12 @@ if TYPE_CHECKING:
 _MARK = "_core_rotation"
 
 
-@dataclass
-class Request:
-    """One request, from its first token to its last, as a policy of positions sees it.
-
-    Args:
-        length: its tokens that are known so far; an engine that decides regimes at admission puts
-            the largest length that the request may reach.
-        kept: what the policy decided, by keys of its own choice (usually the layer index).
-    """
-
-    length: int = 0
-    kept: dict[Any, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The tokens behind the queries or keys that are to be rotated.
-
-    The same for a padded batch (row b is request b) and for a ragged one, where a single row holds
-    tokens of several requests and ``owner`` tells them apart.
-
-    Args:
-        rotary: the model's own rotation.
-        positions: (B, T) absolute positions in their requests.
-        requests: the requests.
-        owner: (B, T) index of each token's request; ``None`` when row b belongs to request b.
-        keys: whether the tokens are keys.
-    """
-
-    rotary: Rotary
-    positions: Tensor
-    requests: Sequence[Request]
-    owner: Tensor | None = None
-    keys: bool = False
-
-    def spread(self, values: Tensor) -> Tensor:
-        """Give each token its request's value: (R, ...) becomes (B, T, ...)."""
-        if self.owner is not None:
-            return values[self.owner]
-        batch, length = self.positions.shape
-        return values.unsqueeze(1).expand(batch, length, *values.shape[1:])
-
-    def rotate(
-        self,
-        module: nn.Module,
-        x: Tensor,
-        positions: Tensor | None = None,
-        lengths: Sequence[int] | None = None,
-    ) -> Tensor:
-        """Rotate with the model's own rotation, at positions of the policy's choice.
-
-        Args:
-            module: the attention module.
-            x: (B, H, T, D), not rotated.
-            positions: (B, T) or (B, H, T), possibly fractional; the tokens' own by default.
-            lengths: length of each request that picks its frequencies; its own by default.
-        """
-        positions = self.positions if positions is None else positions
-        lengths = [request.length for request in self.requests] if lengths is None else lengths
-        regimes = [self.rotary.regime(module, length) for length in lengths]
-        first, *others = sorted(set(regimes))
-        if not others:
-            return self.rotary.rotate(module, x, positions, first)
-        table = torch.tensor(regimes, device=x.device)
-        result: Tensor | None = None
-        for regime in (first, *others):
-            mine = self.spread(table == regime).unsqueeze(1)
-            # Positions of other regimes would be out of range in this one.
-            hidden = ~(mine if positions.dim() == 3 else mine.squeeze(1))
-            turned = self.rotary.rotate(module, x, positions.masked_fill(hidden, 0), regime)
-            result = turned if result is None else torch.where(mine.unsqueeze(-1), turned, result)
-        assert result is not None
-        return result
-
-
 class Batch:
     """The rows of one padded batch: positions of all their tokens so far, and their requests."""
 
     def __init__(self) -> None:
         self.positions: Tensor | None = None
-        self.requests: list[Request] = []
+        self.requests: list[RequestState] = []
         self.mask: Tensor | None = None
         self.begun: set[int] = set()
 
@@ -118,7 +44,7 @@ class Batch:
         """Add the positions of the tokens of this forward pass."""
         positions = positions.expand(rows, -1)
         if self.positions is None:
-            self.positions, self.requests = positions, [Request() for _ in range(rows)]
+            self.positions, self.requests = positions, [RequestState() for _ in range(rows)]
         elif self.positions.shape[0] != rows:
             raise ModelError("the rows of a batch changed while its cache was in use")
         else:
@@ -153,6 +79,24 @@ class Rotation:
         self._current: Batch | None = None
         self._batches: WeakKeyDictionary[Any, Batch] = WeakKeyDictionary()
         self._placed = False
+
+    def attach(self, model: nn.Module) -> Callable[[], None]:
+        """Hook into a model whose rotary embedding was replaced.
+
+        Returns:
+            What takes the hooks off again.
+        """
+        owner, replaced = self.rotary.owner, getattr(self.rotary.owner, self.rotary.attribute)
+        stack = ExitStack()
+        for hook in (
+            owner.register_forward_pre_hook(self.before, with_kwargs=True),
+            replaced.register_forward_pre_hook(self.place, with_kwargs=True),
+            owner.register_forward_hook(self.after),
+        ):
+            stack.callback(hook.remove)
+        mark(model, self)
+        stack.callback(mark, model, None)
+        return stack.close
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied or pickled model starts without anybody's caches.
@@ -235,7 +179,9 @@ class Rotation:
         rows = torch.arange(query.shape[0], device=query.device)
         last = _last_real(batch.mask, query)
         visible = _visible(mask, batch.mask, last, key.shape[2])
-        self.policy.begin(module, query[rows, :, last].unsqueeze(2), key, visible, batch.requests)
+        # Decisions carry no gradient, and a replay for a backward pass does not take them again.
+        query, key = query.detach()[rows, :, last].unsqueeze(2), key.detach()
+        self.policy.begin(module, query, key, visible, batch.requests)
 
 
 def mark(model: nn.Module, rotation: Rotation | None) -> None:

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
-    from core.checkpoints import Checkpoints, Loaded, Save
+    from core.checkpoints.manager import Checkpoints, Loaded
+    from core.checkpoints.save import Save
     from core.engines import Engine
 
 S = TypeVar("S", bound=Settings)
@@ -118,17 +119,17 @@ class Run:
     def checkpoints(self) -> Checkpoints:
         """The checkpoints of this run."""
         if self._checkpoints is None:
-            from core.checkpoints import Checkpoints
+            from core.checkpoints.manager import Checkpoints
 
             self._checkpoints = Checkpoints(self)
         return self._checkpoints
 
     def save(self, state: Mapping[str, Any], step: int) -> Save:
-        """Submit a checkpoint; see :meth:`core.checkpoints.Checkpoints.save`."""
+        """Submit a checkpoint; see :meth:`core.checkpoints.manager.Checkpoints.save`."""
         return self.checkpoints.save(state, step)
 
     def load(self, state: Mapping[str, Any], path: str | os.PathLike[str] | None = None) -> Loaded:
-        """Load a checkpoint in place; see :meth:`core.checkpoints.Checkpoints.load`."""
+        """Load a checkpoint in place; see :meth:`core.checkpoints.manager.Checkpoints.load`."""
         return self.checkpoints.load(state, path)
 
     def engine(self, model: nn.Module, name: str | None = None) -> Engine:
@@ -190,6 +191,8 @@ class Run:
                 self._checkpoints.close()
         finally:
             self.emit(RunEnded(error=error))
+            for line in self.plugins.observations():
+                self.tell(line)
             self.ranks.leave()
 
     def __enter__(self) -> Run:
@@ -244,8 +247,8 @@ def start(
     if plugins is None:
         plugins = discover(disabled=_names(values, "disable"))
     enabled = _names(values, "enable")
-    plugins.require(dict.fromkeys(name.partition(".")[0] for name in enabled))
     known = settings_sections(plugins)
+    plugins.require(dict.fromkeys(name.partition(".")[0] for name in enabled))
     settings = validate(values, known, _why_unknown(plugins))
     ranks = Ranks.from_environment()
     plugins.setup(enabled)
@@ -260,17 +263,19 @@ def start(
 def settings_sections(plugins: Plugins) -> dict[str, type[Settings]]:
     """Settings class by section: core's own, then one for each active plugin that has one.
 
-    Raises:
-        PluginError: when a plugin yields more than one settings class.
+    A plugin that fails to give its settings, or gives two classes of them, becomes ``broken``.
     """
     from core.builtin import SECTIONS
 
     found: dict[str, type[Settings]] = dict(SECTIONS())
-    for contributed in plugins.collect(Hooks.core_settings):
-        if contributed.plugin in found:
-            raise PluginError(f"plugin {contributed.plugin!r} yields two settings classes")
-        found[contributed.plugin] = contributed.value
-    return found
+    for contributed in plugins.collect_safely(Hooks.core_settings):
+        name, kind = contributed.plugin, contributed.value
+        if name in found:
+            plugins.mark_broken(name, "core_settings yielded two classes")
+        elif not (issubclass(kind, Settings) and is_dataclass(kind)):
+            plugins.mark_broken(name, f"core_settings: {kind.__name__} is no Settings dataclass")
+        found[name] = kind
+    return {s: kind for s, kind in found.items() if s in SECTIONS() or plugins.is_active(s)}
 
 
 def _why_unknown(plugins: Plugins) -> dict[str, str]:

@@ -38,6 +38,10 @@ class Values:
                 self.put((*path, str(key)), inner, origin)
             return
         self._table(path[:-1])[path[-1]] = value
+        # A value replaces the table that stood in its place, and a table the value.
+        for known in list(self.origin):
+            if known[: len(path)] == path or path[: len(known)] == known:
+                del self.origin[known]
         self.origin[path] = origin
 
     def _table(self, path: Keys) -> dict[str, Any]:
@@ -102,20 +106,24 @@ def read_file(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        return dict(json.loads(text)) if path.suffix == ".json" else tomllib.loads(text)
+        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         reason = error.strerror or str(error)
         raise SettingsError(f"cannot read settings file {path}", why=reason) from None
     except ValueError as error:
         raise SettingsError(f"{path} cannot be parsed", why=str(error)) from None
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path} cannot be used", why="it is not a table of sections")
+    return content
 
 
 def parse(text: str) -> Any:
     """Read a value in TOML's grammar; what is not TOML is a plain string."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, KeyError):
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
         return text
+    return parsed["value"] if len(parsed) == 1 else text
 
 
 def validate(
@@ -190,8 +198,8 @@ def _top_level_problems(
             if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
                 yield _line(values, (name,), value, "must be a list of plugin names")
         elif name not in sections:
-            reason = why_unknown.get(name, f"unknown section{closest(name, known)}")
-            yield f"{values.source((name,))}: [{name}]: {reason}"
+            nothing = f"unknown section; no plugin {name!r} is installed{closest(name, known)}"
+            yield f"{values.source((name,))}: [{name}]: {why_unknown.get(name, nothing)}"
 
 
 def _environment_path(name: str) -> Keys:

@@ -65,10 +65,10 @@ def attend(
     _check_shapes(query, key, value)
     accumulator = torch.promote_types(query.dtype, torch.float32)
     batch, heads, length, width = query.shape
+    factor: float = width**-0.5 if scale is None else scale
     groups = heads // key.shape[1]
     grouped = query.to(accumulator).reshape(batch, key.shape[1], groups * length, width)
-    scale = width**-0.5 if scale is None else scale
-    scores = (grouped @ key.to(accumulator).transpose(-1, -2) * scale).view(
+    scores = (grouped @ key.to(accumulator).transpose(-1, -2) * factor).view(
         batch, heads, length, key.shape[2]
     )
     scores = _masked(scores, mask)

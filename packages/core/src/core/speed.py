@@ -26,7 +26,7 @@ def checkpoints(run: Run) -> Iterator[Reading]:
     """A checkpoint of 64 MiB through the run's format against ``torch.save`` with fsync."""
     import torch
 
-    from core.checkpoints import Checkpoints
+    from core.checkpoints.manager import Checkpoints
 
     state = {f"t{index}": torch.randn(2**21) for index in range(8)}
     ours, plain = [], []

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from core.errors import CheckpointError
 from core.storage import ByteSource
 
 BLOCK = 8 * 2**20
@@ -37,7 +38,16 @@ def fill(
         source: where the bytes are.
         stored: where the tensor lies in ``source``.
         start: first index of the box in every dimension.
+
+    Raises:
+        CheckpointError: when the stored tensor does not cover the box, or the file ends early.
     """
+    ends = (first + size for first, size in zip(start, target.shape, strict=True))
+    if len(stored.shape) != target.dim() or any(e > n for e, n in zip(ends, stored.shape)):
+        raise CheckpointError(
+            f"{stored.file} is damaged",
+            why=f"a tensor of {list(target.shape)} is needed, and {list(stored.shape)} is stored",
+        )
     if target.numel() == 0:
         return
     width = math.prod(stored.shape[1:]) * stored.dtype.itemsize

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
+from io import BufferedWriter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.checkpoint import metadata as dcp_metadata
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import (
+    DEFAULT_SUFFIX,
+    FileSystemReader,
+    FileSystemWriter,
+    _StorageInfo,
+)
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+)
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from core.checkpoints.blobs import Slice, locate
@@ -30,9 +46,40 @@ def reader(path: Path, run: Run) -> DcpReader:
     return DcpReader(path, run.checkpoints.storage().value.source(path))
 
 
-def writer(path: Path, run: Run) -> FileSystemWriter:
-    """DCP's own writer; one thread, because errors of further threads would be lost."""
-    return FileSystemWriter(path, thread_count=1, sync_files=True)
+def writer(path: Path, run: Run) -> DcpWriter:
+    """Write a DCP folder that stock ``dcp.load`` reads."""
+    return DcpWriter(path, sync_files=True)
+
+
+class DcpWriter(FileSystemWriter):
+    """DCP's writer, holding one tensor at a time where DCP's own keeps them until the file ends.
+
+    It writes in one thread, because DCP loses the errors of further ones.
+    """
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
+        with (Path(self.path) / name).open("wb") as file:
+            results = [_write_item(file, name, item, planner) for item in plan.items]
+            file.flush()
+            os.fsync(file.fileno())
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+
+def _write_item(
+    file: BufferedWriter, name: str, item: WriteItem, planner: SavePlanner
+) -> WriteResult:
+    offset, data = file.tell(), planner.resolve_data(item)
+    if isinstance(data, io.BytesIO):
+        file.write(data.getbuffer())
+    else:
+        tensor = data.detach().cpu()
+        whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+        torch.save(tensor if whole else tensor.clone(), file)
+    length = file.tell() - offset
+    return WriteResult(item.index, length, _StorageInfo(name, offset, length))
 
 
 class DcpReader(FileSystemReader):
@@ -78,21 +125,27 @@ class DcpReader(FileSystemReader):
         return done
 
     def _read_tensor(self, item: ReadItem, info: Any, planner: LoadPlanner) -> None:
-        file = Slice(self._source, info.relative_path, info.offset, info.length)
-        stored = locate(file)
+        blob = self._source, info.relative_path, info.offset, info.length
+        stored = locate(Slice(*blob))
         target = planner.resolve_tensor(item).detach()
         if stored is not None:
             fill(target, self._source, stored, item.storage_offsets)
         else:
-            file.seek(0)
-            whole = torch.load(io.BufferedReader(file), map_location="cpu", weights_only=True)
-            target.copy_(_narrow(whole, item))
+            target.copy_(_load(Slice(*blob), item))
         planner.commit_tensor(item, target)
 
 
-def _narrow(tensor: torch.Tensor, item: ReadItem) -> torch.Tensor:
-    for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-        tensor = tensor.narrow(dim, start, length)
+def _load(blob: Slice, item: ReadItem) -> torch.Tensor:
+    """Load a box of an unusual tensor, such as a permuted one, by way of the whole."""
+    try:
+        tensor: torch.Tensor = torch.load(
+            io.BufferedReader(blob), map_location="cpu", weights_only=True
+        )
+        for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+            tensor = tensor.narrow(dim, start, length)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{blob.name} is damaged", why=reason) from None
     return tensor
 
 

@@ -213,16 +213,18 @@ class SafetensorsWriter(StorageWriter):
             self._sink.open(FILE, end)
             self._sink.write_at(FILE, 0, header)
             for item in items:
-                tensor = planner.resolve_data(item)
-                assert isinstance(tensor, torch.Tensor)
-                data = memory(tensor.detach().cpu().contiguous())
-                self._sink.write_at(FILE, entries[item.index.fqn].begin, data)
+                self._write(item, entries[item.index.fqn].begin, planner)
         except BaseException:
             self._sink.abort()
             raise
         done: Future[list[WriteResult]] = Future()
         done.set_result([WriteResult(i.index, _bytes(i), None) for i in items])
         return done
+
+    def _write(self, item: WriteItem, offset: int, planner: SavePlanner) -> None:
+        tensor = planner.resolve_data(item)
+        assert isinstance(tensor, torch.Tensor)
+        self._sink.write_at(FILE, offset, memory(tensor.detach().cpu().contiguous()))
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         self._sink.commit()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -33,9 +34,17 @@ class Save:
         save.durable()            # waits until the folder is there; returns its path
     """
 
-    def __init__(self, step: int, path: Path, staged: Future[None], written: Future[Any]) -> None:
+    def __init__(
+        self,
+        step: int,
+        path: Path,
+        temporary: Path,
+        staged: Future[None],
+        written: Future[Any],
+    ) -> None:
         self.step = step
         self.path = path
+        self._temporary = temporary
         self._staged = staged
         self._written = written
 
@@ -77,6 +86,7 @@ class Save:
                 f"the checkpoint of step {self.step} is not done after {timeout} seconds"
             ) from None
         except BaseException as error:
+            shutil.rmtree(self._temporary, ignore_errors=True)
             raise CheckpointError(
                 f"the checkpoint of step {self.step} failed",
                 why=root_cause(error),

@@ -105,5 +105,6 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         cli.main(args=None if args is None else list(args), prog_name="core")
     except CoreError as error:
-        click.echo(f"error: {error}", err=True)
+        notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
+        click.echo(f"error: {error}{notes}", err=True)
         sys.exit(2)

@@ -70,10 +70,11 @@ def make_run(
     listed = values.tree.get("enable", [])
     disabled = values.tree.get("disable", [])
     root = ctx.find_root().params
-    plugins = plugins_of(ctx)
     if isinstance(disabled, list) and disabled:
         names = [*map(str, disabled), *root["no_plugin"]]
         plugins = discover(disabled=names, everything_off=root["no_plugins"])
+    else:
+        plugins = plugins_of(ctx)
     together = [*listed, *enable] if isinstance(listed, list) else None
     return start(
         settings,

@@ -33,6 +33,7 @@ def doctor(
       core doctor
       core doctor core.machine --json
     """
+    ctx.find_root().command.list_commands(ctx)  # type: ignore[attr-defined]
     with make_run(ctx, settings, assignments, enable) as run:
         findings = list(measure(run, select(run, names, slow=False)))
     _show(findings, as_json)

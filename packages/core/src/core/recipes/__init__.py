@@ -1,0 +1,1 @@
+"""Recipes that core brings: training a language model, and the quickstart built on it."""

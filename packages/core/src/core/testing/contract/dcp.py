@@ -1,0 +1,104 @@
+"""Writing and reading single checkpoints through a format, as core does it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from core.checkpoints.planner import SafeLoadPlanner
+from core.contributions import CheckpointFormat
+from core.errors import CoreError
+
+if TYPE_CHECKING:
+    from core.run import Run
+
+_NUMBERS = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.int64,
+    torch.int32,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
+
+
+def cases() -> dict[str, dict[str, Tensor]]:
+    """Small checkpoints by what is special about them."""
+    twelve = torch.arange(12.0).reshape(3, 4) - 5
+    special = torch.tensor([float("nan"), float("inf"), float("-inf"), -0.0, 1e-45])
+    single = {
+        **{str(dtype).removeprefix("torch."): twelve.abs().to(dtype) for dtype in _NUMBERS},
+        "0-dim": torch.tensor(3.5),
+        "empty": torch.empty(0, 3),
+        "non-contiguous": twelve.t(),
+        "sliced": twelve[:, 1:3],
+        "nan and inf": special,
+    }
+    found = {name: {"model.weight": tensor} for name, tensor in single.items()}
+    found["tied"] = {"model.head.weight": twelve, "model.embedding.weight": twelve}
+    found["overlapping"] = {"model.first": twelve[:2], "model.last": twelve[1:]}
+    return found
+
+
+def sample() -> dict[str, Tensor]:
+    """A small checkpoint of several tensors, large enough to be cut."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"model.embedding.weight": (32, 8), "model.layer.weight": (8, 8), "model.bias": (8,)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def write(fmt: CheckpointFormat, path: Path, tensors: Mapping[str, Tensor], run: Run) -> None:
+    """Write a checkpoint.
+
+    Raises:
+        CoreError: when the format refuses the tensors.
+        AssertionError: for any other failure.
+    """
+    assert fmt.writer is not None
+    try:
+        dcp.save(dict(tensors), storage_writer=fmt.writer(path, run), no_dist=True)
+    except (Exception, CheckpointException) as error:
+        raise _clear(error, f"writing as {fmt.name!r}") from error
+
+
+def read(
+    fmt: CheckpointFormat, path: Path, like: Mapping[str, Tensor], run: Run
+) -> dict[str, Tensor]:
+    """Read tensors of the names, shapes and dtypes of ``like``.
+
+    Raises:
+        CoreError: when the format finds the files damaged.
+        AssertionError: for any other failure.
+    """
+    assert fmt.reader is not None
+    found = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in like.items()}
+    try:
+        # First alone: dcp.load logs what this raises, and raises something else.
+        fmt.reader(path, run).read_metadata()
+        reader = fmt.reader(path, run)
+        dcp.load(found, storage_reader=reader, planner=SafeLoadPlanner(), no_dist=True)
+    except (Exception, CheckpointException) as error:
+        raise _clear(error, f"reading as {fmt.name!r}") from error
+    return found
+
+
+def _clear(error: BaseException, what: str) -> Exception:
+    """The one clear error inside of what DCP collected from its ranks; else a failed check."""
+    inner = error
+    while isinstance(failures := getattr(inner, "failures", None), dict) and failures:
+        wrapped = next(iter(failures.values()))
+        inner = wrapped[0] if isinstance(wrapped, tuple) else wrapped
+    if isinstance(inner, CoreError):
+        return inner
+    return AssertionError(f"{what} raises {type(inner).__name__}, no CoreError: {inner}")

@@ -1,0 +1,183 @@
+"""Checkpoint formats: exact for every kind of tensor, clear about damage, modest in what they claim."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from core.contributions import CheckpointFormat
+from core.errors import CoreError
+from core.hooks import Hooks
+from core.testing.contract.check import Skip, checks_of, remark, require
+from core.testing.contract.dcp import cases, read, sample, write
+from core.testing.contract.subject import Subject
+from core.testing.contract.transforms import same
+
+LIMIT = 0.05
+"""Seconds that ``detect`` may take."""
+
+
+def round_trip(subject: Subject) -> None:
+    """Every dtype and shape comes back bit for bit, or is refused by a CoreError."""
+    for fmt in _writable(subject):
+        refused = {}
+        for name, tensors in cases().items():
+            path = subject.folder() / "saved"
+            with subject.run() as run:
+                try:
+                    write(fmt, path, tensors, run)
+                except CoreError as error:
+                    refused[name] = error.why or error.what
+                    continue
+                found = read(fmt, path, tensors, run)
+            require(same(tensors, found), f"{fmt.name!r} changes a checkpoint that is {name}")
+        reasons = "; ".join(sorted(set(refused.values())))
+        if len(refused) == len(cases()):
+            raise Skip(f"{fmt.name!r} refuses plain tensors: {reasons}")
+        if refused:
+            remark(f"{fmt.name!r} refuses {', '.join(refused)}: {reasons}")
+
+
+def source_unchanged(subject: Subject) -> None:
+    """Writing changes none of the tensors that are written."""
+    for fmt in _writable(subject):
+        tensors, untouched = sample(), sample()
+        path = subject.folder() / "saved"
+        _write_sample(subject, fmt, path, tensors)
+        require(path.exists(), f"{fmt.name!r} writes nothing at the path it is given")
+        require(same(tensors, untouched), f"{fmt.name!r} changes the tensors that it writes")
+
+
+def recognises_own(subject: Subject) -> None:
+    """detect() recognises what the format wrote, within 50 ms."""
+    for fmt in _writable(subject):
+        path = subject.folder() / "saved"
+        _write_sample(subject, fmt, path)
+        require(fmt.detect(path), f"{fmt.name!r} does not recognise what it wrote")
+        _require_fast(fmt, path)
+
+
+def ignores_others(subject: Subject) -> None:
+    """detect() is false on everything that is not the format, within 50 ms."""
+    if not subject.formats:
+        raise Skip("the plugin has no checkpoint formats")
+    for what, path in _strangers(subject.folder()):
+        for fmt in subject.formats:
+            require(not fmt.detect(path), f"{fmt.name!r} takes {what} for its own")
+            _require_fast(fmt, path)
+    for stranger, path in _other_formats(subject):
+        for fmt in subject.formats:
+            if fmt.name != stranger:
+                found = fmt.detect(path)
+                require(not found, f"{fmt.name!r} takes a {stranger!r} checkpoint for its own")
+
+
+def damaged(subject: Subject) -> None:
+    """A file that is cut, emptied or missing gives one CoreError when it is read."""
+    for fmt in _writable(subject):
+        original = subject.folder() / "saved"
+        _write_sample(subject, fmt, original)
+        names = [p.relative_to(original) for p in sorted(original.rglob("*")) if p.is_file()]
+        for name in names:
+            for what, damage in _DAMAGES.items():
+                path = subject.folder() / "saved"
+                shutil.copytree(original, path)
+                damage(path / name)
+                _require_error(subject, fmt, path, f"{name} that {what}")
+
+
+def _require_error(subject: Subject, fmt: CheckpointFormat, path: Path, what: str) -> None:
+    with subject.run() as run:
+        try:
+            found = read(fmt, path, sample(), run)
+        except CoreError:
+            return
+        except AssertionError as error:
+            raise AssertionError(f"{error}, for {what}") from None
+    # Some files are not needed to read these tensors: then they must be right.
+    require(same(found, sample()), f"{fmt.name!r} reads wrong tensors from {what}")
+
+
+def _halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+_DAMAGES: dict[str, Callable[[Path], None]] = {
+    "is cut in half": _halve,
+    "lacks its last byte": _cut,
+    "is empty": _empty,
+    "is missing": Path.unlink,
+}
+
+
+def _writable(subject: Subject) -> list[CheckpointFormat]:
+    if not subject.formats:
+        raise Skip("the plugin has no checkpoint formats")
+    found = [f for f in subject.formats if f.writer is not None and f.reader is not None]
+    if not found:
+        raise Skip("no format of the plugin can be both written and read")
+    return found
+
+
+def _write_sample(
+    subject: Subject, fmt: CheckpointFormat, path: Path, tensors: dict[str, Tensor] | None = None
+) -> None:
+    with subject.run() as run:
+        try:
+            write(fmt, path, sample() if tensors is None else tensors, run)
+        except CoreError as error:
+            raise Skip(f"{fmt.name!r} refuses plain tensors: {error.what}") from None
+
+
+def _require_fast(fmt: CheckpointFormat, path: Path) -> None:
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        fmt.detect(path)
+        times.append(time.perf_counter() - started)
+    took = f"{min(times) * 1000:.0f} ms"
+    require(min(times) < LIMIT, f"detect() of {fmt.name!r} takes {took}, limit 50 ms")
+
+
+def _strangers(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Paths that hold nobody's checkpoint, with what they are."""
+    yield "a path that does not exist", folder / "absent"
+    (folder / "empty").mkdir()
+    yield "an empty folder", folder / "empty"
+    for name, content in [("notes.txt", b"hello"), ("image.png", b"\x89PNG\r\n\x1a\n"), ("x", b"")]:
+        (folder / name).write_bytes(content)
+        yield f"the file {name}", folder / name
+    (folder / "texts").mkdir()
+    (folder / "texts" / "data.json").write_text("[]", encoding="utf-8")
+    yield "a folder with a JSON file", folder / "texts"
+    torch.save({"step": torch.zeros(3)}, folder / "step.pt")
+    yield "a file of torch.save", folder / "step.pt"
+
+
+def _other_formats(subject: Subject) -> Iterator[tuple[str, Path]]:
+    """Checkpoints of core's own formats."""
+    from core.discovery import BUILTIN
+
+    for found in subject.plugins.collect_from([BUILTIN], Hooks.core_checkpoints):
+        if isinstance(found.value, CheckpointFormat):
+            path = subject.folder() / "saved"
+            _write_sample(subject, found.value, path)
+            yield found.value.name, path
+
+
+CHECKS = checks_of(
+    "formats", round_trip, source_unchanged, recognises_own, ignores_others, damaged
+)

@@ -1,0 +1,187 @@
+"""Storages: bytes written in any order, visible at once or not at all, and refused when out of range."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from core.contributions import Storage
+from core.errors import CoreError
+from core.testing.contract.check import Skip, checks_of, require
+from core.testing.contract.subject import Subject
+
+_SIZE = 1_000_003
+"""Bytes of the test file: no multiple of any block size."""
+
+_PIECE = 65_537
+
+
+def any_order(subject: Subject) -> None:
+    """Pieces may be written in any order, from several threads, and gaps are zero."""
+    content = os.urandom(_SIZE)
+    offsets = list(range(0, _SIZE, _PIECE))
+    for storage in _storages(subject):
+        path = subject.folder() / "target"
+        sink = storage.sink(path)
+        sink.open("data", _SIZE)
+        sink.open("gaps", 10_000)
+        sink.open("empty", 0)
+        sink.write_at("gaps", 5_000, b"middle")
+
+        def write(mine: list[int], sink: object = sink) -> None:
+            for offset in mine:
+                sink.write_at("data", offset, content[offset : offset + _PIECE])  # type: ignore[attr-defined]
+
+        _in_threads(write, [offsets[1::2][::-1], offsets[::2]])
+        sink.commit()
+        require((path / "data").read_bytes() == content, f"{storage.name!r} mixes up pieces")
+        expected = bytes(5_000) + b"middle" + bytes(4_994)
+        gaps = (path / "gaps").read_bytes() == expected
+        require(gaps, f"{storage.name!r}: what is not written is not zero")
+        require((path / "empty").stat().st_size == 0, f"{storage.name!r} fills an empty file")
+
+
+def atomic(subject: Subject) -> None:
+    """Nothing is visible before commit(), everything after it, and nothing else is left."""
+    for storage in _storages(subject):
+        path = subject.folder() / "target"
+        sink = storage.sink(path)
+        sink.open("data", 4)
+        sink.write_at("data", 0, b"done")
+        require(not path.exists(), f"{storage.name!r} shows the folder before commit()")
+        sink.commit()
+        require((path / "data").is_file(), f"{storage.name!r} shows nothing after commit()")
+        sink.abort()
+        require((path / "data").is_file(), f"abort() after commit() of {storage.name!r} removes it")
+        _require_only(path.parent, {"target"}, f"commit() of {storage.name!r}")
+
+
+def abort(subject: Subject) -> None:
+    """abort() leaves nothing behind."""
+    for storage in _storages(subject):
+        path = subject.folder() / "target"
+        sink = storage.sink(path)
+        sink.open("data", _SIZE)
+        sink.write_at("data", 7, b"half")
+        sink.abort()
+        _require_only(path.parent, set(), f"abort() of {storage.name!r}")
+
+
+def no_overwrite(subject: Subject) -> None:
+    """A path that is taken is refused, and what is there stays."""
+    for storage in _storages(subject):
+        path = subject.folder() / "target"
+        path.mkdir()
+        (path / "data").write_bytes(b"old")
+
+        def commit(storage: Storage = storage, path: Path = path) -> None:
+            sink = storage.sink(path)
+            try:
+                sink.open("data", 3)
+                sink.write_at("data", 0, b"new")
+                sink.commit()
+            finally:
+                sink.abort()
+
+        _require_refused(commit, f"{storage.name!r} overwrites what is at the target")
+        old = (path / "data").read_bytes() == b"old"
+        require(old, f"{storage.name!r} damages what is at the target")
+
+
+def out_of_range(subject: Subject) -> None:
+    """A write outside of the file, and a name outside of the folder, are refused."""
+    for storage in _storages(subject):
+        sink = storage.sink(subject.folder() / "target")
+        sink.open("data", 4)
+        try:
+            for offset, data in [(2, b"long"), (-1, b"x"), (5, b"x")]:
+                what = f"{storage.name!r} accepts {len(data)} bytes at {offset} of a file of 4"
+                _require_refused(lambda o=offset, d=data: sink.write_at("data", o, d), what)
+            for name in ("../data", "/tmp/data", ""):
+                what = f"{storage.name!r} accepts the file name {name!r}"
+                _require_refused(lambda n=name: sink.open(n, 4), what)
+        finally:
+            sink.abort()
+
+
+def reads(subject: Subject) -> None:
+    """A source reads any range of a file, of a folder or alone."""
+    content = os.urandom(_SIZE)
+    for storage in _storages(subject):
+        folder = subject.folder()
+        (folder / "data").write_bytes(content)
+        for path in (folder, folder / "data"):
+            source = storage.source(path)
+            require(source.size("data") == _SIZE, f"{storage.name!r} tells a wrong size")
+            for offset, length in [(0, 1), (4_095, 4_098), (_SIZE - 3, 3), (17, 500_000), (9, 0)]:
+                buffer = bytearray(length)
+                source.read_into("data", offset, buffer)
+                right = bytes(buffer) == content[offset : offset + length]
+                require(right, f"{storage.name!r} reads wrong bytes at {offset}")
+            source.close()
+
+
+def truncated(subject: Subject) -> None:
+    """A file that ends too early, or is missing, gives a CoreError."""
+    for storage in _storages(subject):
+        folder = subject.folder()
+        (folder / "data").write_bytes(b"short")
+        source = storage.source(folder)
+        for offset, length in [(0, 6), (5, 1), (100, 4)]:
+            what = f"{storage.name!r} reads {length} bytes at {offset} of a file of 5"
+            _require_refused(lambda o=offset, n=length: source.read_into("data", o, bytearray(n)), what)
+        what = f"{storage.name!r} reads a missing file"
+        _require_refused(lambda: source.read_into("absent", 0, bytearray(1)), what)
+        _require_refused(lambda: source.size("absent"), what)
+        source.close()
+
+
+def _storages(subject: Subject) -> list[Storage]:
+    if not subject.storages:
+        raise Skip("the plugin has no storages")
+    usable = [s for s in subject.storages if not s.works(subject.folder())]
+    if not usable:
+        reasons = [f"{s.name!r}: {s.works(subject.folder())}" for s in subject.storages]
+        raise Skip(f"no storage works here: {'; '.join(reasons)}")
+    return usable
+
+
+def _in_threads(write: Callable[[list[int]], None], shares: list[list[int]]) -> None:
+    errors: list[BaseException] = []
+
+    def work(share: list[int]) -> None:
+        try:
+            write(share)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(share,)) for share in shares]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def _require_only(folder: Path, names: set[str], what: str) -> None:
+    found = {path.name for path in folder.iterdir()} - names
+    require(not found, f"{what} leaves {', '.join(sorted(found))}")
+
+
+def _require_refused(action: Callable[[], object], what: str) -> None:
+    try:
+        action()
+    except CoreError:
+        return
+    except Exception as error:
+        kind = type(error).__name__
+        raise AssertionError(f"{what} with {kind} ({error}), not with a CoreError") from None
+    raise AssertionError(what)
+
+
+CHECKS = checks_of(
+    "storages", any_order, atomic, abort, no_overwrite, out_of_range, reads, truncated
+)
