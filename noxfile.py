@@ -46,17 +46,16 @@ def install_wheels(session: nox.Session, *packages: str, groups: tuple[str, ...]
     constraints.write_text("\n".join(group("known-good")) + "\n", encoding="utf-8")
     folder = Path(os.environ.get("CORE_WHEELS", DIST))
     wheels = [str(next(folder.glob(f"{name.replace('-', '_')}-[0-9]*.whl"))) for name in packages]
-    core = next(index for index, name in enumerate(packages) if name == "core")
-    wheels[core] += "[torch]"
-    session.install("-c", str(constraints), *group(*groups), *wheels)
+    extras = ["[torch]" if name == "core" else "" for name in packages]
+    found = [wheel + extra for wheel, extra in zip(wheels, extras, strict=True)]
+    session.install("-c", str(constraints), *group(*groups), *found)
 
 
 @nox.session
 def demo(session: nox.Session) -> None:
     """Run the quickstart with all packages into runs/quickstart."""
     install_all(session)
-    out = ("--out", str(ROOT / "runs" / "quickstart"), "--overwrite")
-    session.run("core", "run", "quickstart", *out, *session.posargs)
+    session.run("core", "run", "quickstart", "--overwrite", *session.posargs)
 
 
 @nox.session
@@ -66,7 +65,7 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", *session.posargs)
 
 
-@nox.session(requires=["wheels"])
+@nox.session(requires=["wheels"], reuse_venv=False)
 @nox.parametrize("package", PACKAGES)
 def isolated(session: nox.Session, package: str) -> None:
     """Run one package's tests with core and its own declared dependencies only."""
@@ -113,7 +112,7 @@ def wheels(session: nox.Session) -> None:
 @nox.session(requires=["wheels"], reuse_venv=False)
 def journey(session: nox.Session) -> None:
     """Walk a newcomer's path: install, look around, write a plugin, train, convert, generate."""
-    install_wheels(session, *PACKAGES, groups=("types",))
+    install_wheels(session, *PACKAGES, groups=("test", "types"))
     folder = Path(session.create_tmp())
     shutil.rmtree(folder)
     folder.mkdir()

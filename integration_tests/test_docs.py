@@ -1,4 +1,4 @@
-"""The documentation says what is true: its code runs, its commands exist, its lists are complete."""
+"""The documentation is true: its code runs, its commands exist, its lists are complete."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_every_setting_is_documented(built: Path) -> None:
     html = (built / "settings.html").read_text(encoding="utf-8")
     for section, kind in settings_sections(discover()).items():
         assert f"[{section}]" in html
-        for field in fields(kind):  # type: ignore[arg-type]
+        for field in fields(kind):
             assert f">{field.name}<" in html
 
 
@@ -178,7 +178,7 @@ QUOTED = {
         [offer("fpdt.attention", claims=CLAIM), offer("other.attention", claims=CLAIM)]
     ),
     "circle": lambda _: Plan.build([offer("a.x", after=("b.y",)), offer("b.y", after=("a.x",))]),
-    "nothing": lambda _: Plan.build([offer("fp6.linear")]).apply(MODEL, object(), None),  # type: ignore[arg-type]
+    "nothing": lambda _: Plan.build([offer("fp6.linear")]).apply(MODEL, object(), None),
     "settings": wrong_settings,
     "misspelled": lambda _: plugin_of(Misspelled(), "demo"),
     "unmarked": lambda _: plugin_of(Unmarked(), "demo"),
@@ -200,6 +200,6 @@ def test_a_quoted_message_is_the_real_one(
 def test_an_observer_that_fails_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     plugins = plugin_of(Failing(), "demo")
     for _ in range(3):
-        plugins.notify(None, RunStarted())  # type: ignore[arg-type]
+        plugins.notify(None, RunStarted())
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert plugins.event_errors == {"demo": 3}

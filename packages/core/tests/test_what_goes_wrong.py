@@ -73,7 +73,9 @@ def test_every_plugin_has_its_state_and_reason(
 
 def test_a_wrong_argument_is_named_with_its_hook(rows: Rows) -> None:
     assert rows["argument"]["state"] == "broken"
-    assert rows["argument"]["reason"] == "core_transforms has no argument 'runs'; did you mean 'run'?"
+    assert (
+        rows["argument"]["reason"] == "core_transforms has no argument 'runs'; did you mean 'run'?"
+    )
 
 
 def test_a_slow_import_is_told(site: Site) -> None:
@@ -163,7 +165,10 @@ def test_no_plugin_and_its_variable_switch_off_before_import(shared_site: Site) 
     shown = shared_site.core(*off, env={"CORE_DISABLE": "fails, tomorrow"})
     states = {row["name"]: row for row in json.loads(shown.stdout)["plugins"]}
     for name in ("exits", "prints", "fails", "tomorrow"):
-        assert (states[name]["state"], states[name]["reason"]) == ("disabled", "switched off by name")
+        assert (states[name]["state"], states[name]["reason"]) == (
+            "disabled",
+            "switched off by name",
+        )
     assert states["good"]["state"] == "active"
     refused = shared_site.core("--no-plugin", "good", "run", "train", "--enable", "good")
     assert refused.returncode == 2
@@ -203,7 +208,10 @@ def test_newer_plugins_are_found_when_older_metadata_hides_them(site: Site) -> N
     site.install("core-late", site.good, plugin="", version="0.9", into="old")
     site.install("core-late", site.good, version="1.0", into="new")
     path = ("old", "new")
-    names = {row["name"] for row in json.loads(site.core("plugins", "--json", path=path).stdout)["plugins"]}
+    names = {
+        row["name"]
+        for row in json.loads(site.core("plugins", "--json", path=path).stdout)["plugins"]
+    }
     assert "late" not in names
     found = site.core("doctor", "core.installation", "--json", path=path)
     assert found.returncode == 1
@@ -436,7 +444,9 @@ with core.start() as run:
 
 
 def test_a_transform_that_raises_ends_with_its_plugin_named(site: Site) -> None:
-    source = TRANSFORMS.format(name="t", apply="fall", more="") + "\ndef fall(subject, run): 1 / 0\n"
+    source = (
+        TRANSFORMS.format(name="t", apply="fall", more="") + "\ndef fall(subject, run): 1 / 0\n"
+    )
     site.install("core-faller", source)
     program = "import core; core.start(enable=['faller']).apply(core.BATCH, {})"
     ended = site.python("-P", "-c", program)

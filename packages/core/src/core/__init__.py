@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "core.attention": ("attention",),
     "core.contributions": (
         "BATCH",
         "MODEL",
@@ -48,7 +47,9 @@ _PUBLIC = {
         "SettingsError",
     ),
     "core.hooks": ("API", "Hooks", "hookimpl", "implements", "override"),
+    "core.identity": ("CacheIdentity",),
     "core.plan": ("Plan",),
+    "core.positions": ("ModelPositions", "Positions"),
     "core.run": ("Run", "start"),
     "core.storage": ("ByteSink", "ByteSource"),
 }
@@ -70,16 +71,15 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from core.attention import attention as attention
     from core.contributions import (
         BATCH as BATCH,
-        MODEL as MODEL,
-        PIPELINE as PIPELINE,
         CheckpointFormat as CheckpointFormat,
         CheckpointSaved as CheckpointSaved,
         EngineType as EngineType,
         Event as Event,
+        MODEL as MODEL,
         ModelFamily as ModelFamily,
+        PIPELINE as PIPELINE,
         Phase as Phase,
         Probe as Probe,
         Reading as Reading,
@@ -120,6 +120,8 @@ if TYPE_CHECKING:
         implements as implements,
         override as override,
     )
+    from core.identity import CacheIdentity as CacheIdentity
     from core.plan import Plan as Plan
+    from core.positions import ModelPositions as ModelPositions, Positions as Positions
     from core.run import Run as Run, start as start
     from core.storage import ByteSink as ByteSink, ByteSource as ByteSource

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @cache
-def SECTIONS() -> Mapping[str, type[Settings]]:
+def core_sections() -> Mapping[str, type[Settings]]:
     """Core's own settings sections; a plugin has just one, named after itself."""
     from core.checkpoints.settings import CheckpointSettings
     from core.engines import EngineSettings

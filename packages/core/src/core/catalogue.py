@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass
-from importlib.resources import files
+from pathlib import Path
 
 from core.plugins import Plugins
 
@@ -31,10 +31,10 @@ class Package:
 
 def packages() -> list[Package]:
     """All packages of the catalogue."""
-    content = tomllib.loads(files("core").joinpath("catalogue.toml").read_text(encoding="utf-8"))
+    text = Path(__file__).with_name("catalogue.toml").read_text(encoding="utf-8")
     return [
         Package(name, str(row["summary"]), tuple(row.get("recipes", ())))
-        for name, row in content.items()
+        for name, row in tomllib.loads(text).items()
     ]
 
 

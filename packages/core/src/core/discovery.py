@@ -100,7 +100,9 @@ def _with_builtin() -> tuple[pluggy.PluginManager, Plugin]:
 
     manager = pluggy.PluginManager(hooks.PROJECT)
     manager.add_hookspecs(Hooks)
-    own = Plugin(name=BUILTIN, state=State.ACTIVE, reason="part of core", target="core.builtin:Builtin")
+    own = Plugin(
+        name=BUILTIN, state=State.ACTIVE, reason="part of core", target="core.builtin:Builtin"
+    )
     return manager, replace(own, implementations=_register(manager, BUILTIN, Builtin()))
 
 
@@ -110,7 +112,9 @@ def _scan() -> list[EntryPoint]:
     older_and_newer = [f"core.v{hooks.API - 1}", f"core.v{hooks.API + 1}"]
     found = [p for group in [hooks.GROUP, *older_and_newer] for p in points.select(group=group)]
     unique = {(p.name, p.value, p.group, _distribution_name(p)): p for p in found}
-    return sorted(unique.values(), key=lambda p: (p.group != hooks.GROUP, p.name, _distribution_name(p)))
+    return sorted(
+        unique.values(), key=lambda p: (p.group != hooks.GROUP, p.name, _distribution_name(p))
+    )
 
 
 def _distribution_name(point: EntryPoint) -> str:
@@ -185,13 +189,15 @@ def _register(
         raise PluginError(_why_invalid(str(error))) from None
     implementations: dict[str, Callable[..., Any]] = {}
     for caller in manager.get_hookcallers(instance) or ():
-        if not caller.has_spec():
-            manager.unregister(instance)
-            known = [n for n in vars(Hooks) if n.startswith("core_")]
-            raise PluginError(f"unknown hook {caller.name!r}" + closest(caller.name, known))
         for impl in caller.get_hookimpls():
-            if impl.plugin is instance:
+            if impl.plugin is not instance:
+                continue
+            if caller.has_spec():
                 implementations[caller.name] = _by_name(impl, caller)
+            elif not impl.optionalhook:
+                manager.unregister(instance)
+                known = [n for n in vars(Hooks) if n.startswith("core_")]
+                raise PluginError(f"unknown hook {caller.name!r}" + closest(caller.name, known))
     if not implementations:
         manager.unregister(instance)
         raise PluginError("implements no hook", fix="derive from core.Hooks and use @hookimpl")
@@ -215,11 +221,13 @@ def _refuse_unknown_hooks(instance: object) -> None:
     for name in dir(type(instance) if isinstance(instance, Hooks) else instance):
         if not name.startswith("core_"):
             continue
-        if name not in known and isinstance(instance, Hooks):
-            raise PluginError(f"unknown hook {name!r}" + closest(name, known))
         overridden = getattr(type(instance), name, None) is not getattr(Hooks, name, None)
-        method = getattr(instance, name)
-        if name in known and overridden and not hasattr(method, "core_impl"):
+        marks = getattr(getattr(instance, name), "core_impl", None)
+        if name not in known and isinstance(instance, Hooks):
+            if marks and marks["optionalhook"]:  # a hook of a newer core
+                continue
+            raise PluginError(f"unknown hook {name!r}" + closest(name, known))
+        if name in known and overridden and not marks:
             raise PluginError(f"{name} is not marked", fix=f"write @hookimpl above def {name}")
 
 

@@ -95,7 +95,8 @@ class Ranks:
             return None
         import torch.distributed as dist
 
-        return dist.new_group(backend="gloo")
+        group: ProcessGroup | None = dist.new_group(backend="gloo")
+        return group
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's ``value``, in the order of ranks."""

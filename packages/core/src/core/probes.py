@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from core.contributions import Probe, Reading
 from core.errors import PluginError, closest
@@ -48,7 +48,7 @@ def measure(run: Run, probes: Sequence[Contributed[Probe]]) -> Iterator[Finding]
     """Run probes one by one; one that raises is a finding too."""
     for found in probes:
         try:
-            for reading in found.value.measure(run):
+            for reading in cast(Iterable[object], found.value.measure(run)):
                 if not isinstance(reading, Reading):
                     raise PluginError(f"yielded a {type(reading).__name__}, not a Reading")
                 yield Finding(found.plugin, found.value.name, reading)

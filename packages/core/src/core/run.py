@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -22,7 +22,7 @@ from core.errors import PluginError
 from core.hooks import Hooks
 from core.plan import Plan, select
 from core.plugins import Plugins, State
-from core.settings import Values, gather, validate
+from core.settings import Values, dump, gather, validate
 
 if TYPE_CHECKING:
     import torch
@@ -160,8 +160,8 @@ class Run:
     def settings_tree(self) -> dict[str, Any]:
         """All settings in force, by section, as JSON values; readable as a settings file."""
         sections = settings_sections(self.plugins)
-        tree = {s: asdict(cast(Any, self._settings[k])) for s, k in sections.items()}
-        return {"enable": list(self.enabled), **json.loads(json.dumps(tree, default=str))}
+        tree = {section: dump(self._settings[kind]) for section, kind in sections.items()}
+        return {"enable": list(self.enabled), **tree}
 
     def write_description(self) -> None:
         """Write ``settings.json`` and ``plan.json`` into the run's folder (rank 0)."""
@@ -265,17 +265,17 @@ def settings_sections(plugins: Plugins) -> dict[str, type[Settings]]:
 
     A plugin that fails to give its settings, or gives two classes of them, becomes ``broken``.
     """
-    from core.builtin import SECTIONS
+    from core.builtin import core_sections
 
-    found: dict[str, type[Settings]] = dict(SECTIONS())
+    found: dict[str, type[Settings]] = dict(core_sections())
     for contributed in plugins.collect_safely(Hooks.core_settings):
-        name, kind = contributed.plugin, contributed.value
+        name, kind = contributed.plugin, cast(type[Any], contributed.value)
         if name in found:
             plugins.mark_broken(name, "core_settings yielded two classes")
         elif not (issubclass(kind, Settings) and is_dataclass(kind)):
             plugins.mark_broken(name, f"core_settings: {kind.__name__} is no Settings dataclass")
         found[name] = kind
-    return {s: kind for s, kind in found.items() if s in SECTIONS() or plugins.is_active(s)}
+    return {s: kind for s, kind in found.items() if s in core_sections() or plugins.is_active(s)}
 
 
 def _why_unknown(plugins: Plugins) -> dict[str, str]:
@@ -293,5 +293,6 @@ def _facts(run: Run) -> dict[str, Any]:
     for plugin in run.plugins.active:
         facts[plugin.distribution or plugin.name] = plugin.version
     for section, content in run.settings_tree().items():
-        facts[f"settings [{section}]"] = content
+        if isinstance(content, dict):
+            facts |= {f"{section}.{key}": value for key, value in content.items()}
     return facts

@@ -12,10 +12,13 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_type_hints
 
 from core.contributions import Settings
 from core.errors import SettingsError, closest
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 S = TypeVar("S", bound=Settings)
 Keys = tuple[str, ...]
@@ -160,10 +163,14 @@ def validate(
 def _validate_section(
     values: Values, section: str, kind: type[S], content: Mapping[str, Any]
 ) -> S | list[str]:
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
+    from pydantic.errors import PydanticUserError
 
     try:
-        return TypeAdapter(kind).validate_python(content)
+        return cast(S, _adapter(kind).validate_python(content))
+    except (PydanticUserError, NameError) as error:
+        reason = str(error).splitlines()[0]
+        return [f"[{section}]: its settings class {kind.__name__} cannot be used: {reason}"]
     except ValidationError as error:
         lines = []
         for problem in error.errors(include_url=False):
@@ -215,11 +222,25 @@ def _plain(content: Any) -> Any:
     return content
 
 
+def dump(settings: Settings) -> dict[str, Any]:
+    """The fields as JSON values that validate to an equal object."""
+    return cast(dict[str, Any], _adapter(type(settings)).dump_python(settings, mode="json"))
+
+
 def schema(kind: type[Settings]) -> dict[str, Any]:
     """JSON schema of a section, for the documentation."""
-    from pydantic import TypeAdapter
+    return _adapter(kind).json_schema()
 
-    return TypeAdapter(kind).json_schema()
+
+_adapters: dict[type[Settings], TypeAdapter[Any]] = {}
+
+
+def _adapter(kind: type[Settings]) -> TypeAdapter[Any]:
+    if kind not in _adapters:
+        from pydantic import TypeAdapter
+
+        _adapters[kind] = TypeAdapter(kind)
+    return _adapters[kind]
 
 
 def check(kind: type[S], **fields: Any) -> S:

@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,13 +30,16 @@ def checkpoints(run: Run) -> Iterator[Reading]:
     from core.checkpoints.manager import Checkpoints
 
     state = {f"t{index}": torch.randn(2**21) for index in range(8)}
-    ours, plain = [], []
+    ours: list[float] = []
+    plain: list[float] = []
     with tempfile.TemporaryDirectory(dir=_existing(run.folder)) as name:
         folder = Path(name)
         saver = Checkpoints(run, folder / "core")
         for repeat in range(_REPEATS):
-            ours.append(_seconds(lambda r=repeat: saver.save(state, r).durable()))
-            plain.append(_seconds(lambda r=repeat: _torch_save(state, folder / f"{r}.pt")))
+            with _stopwatch(ours):
+                saver.save(state, repeat).durable()
+            with _stopwatch(plain):
+                _torch_save(state, folder / f"{repeat}.pt")
         saver.close()
         chosen = saver.format().value.name
     yield Reading(
@@ -92,10 +96,11 @@ def _torch_save(state: dict[str, Any], path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _seconds(work: Callable[[], object]) -> float:
+@contextmanager
+def _stopwatch(seconds: list[float]) -> Iterator[None]:
     began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+    yield
+    seconds.append(time.perf_counter() - began)
 
 
 def _per_call(work: Callable[[], object], calls: int = 2000) -> float:

@@ -16,15 +16,13 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from click.testing import CliRunner
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
 import core
 from core.checkpoints import convert
 from core.checkpoints.safetensors import DTYPES
 from core.cli import cli
-
 
 
 @pytest.fixture
@@ -44,7 +42,9 @@ def sample() -> dict[str, torch.Tensor]:
             if dtype == torch.bool:
                 raw = raw % 2
             name = f"{dtype}{list(shape)}".removeprefix("torch.")
-            found[name] = raw.view(dtype).reshape(shape) if count else torch.empty(shape, dtype=dtype)
+            found[name] = (
+                raw.view(dtype).reshape(shape) if count else torch.empty(shape, dtype=dtype)
+            )
     found["transposed"] = torch.randn(6, 4).t()
     found["narrowed"] = torch.randn(6, 4)[1:4, 1:3]
     found["nan"] = torch.tensor([float("nan"), -0.0, float("inf")])
@@ -205,17 +205,19 @@ OVERLAP = (
         header(b'{"a":{"dtype":"X9","shape":[1],"data_offsets":[0,2]}}') + b"xx",
     ],
 )
-def test_hostile_headers_are_one_clear_error(
-    run: core.Run, tmp_path: Path, content: bytes
-) -> None:
+def test_hostile_headers_are_one_clear_error(run: core.Run, tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
     with pytest.raises(core.CheckpointError, match="bad.safetensors"):
         convert.plan(path, tmp_path / "out", "dcp", run)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), min_size=1, max_size=4))
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), min_size=1, max_size=4)
+)
 def test_any_damaged_file_is_read_or_refused(
     run: core.Run, tmp_path: Path, flips: list[tuple[int, int]]
 ) -> None:

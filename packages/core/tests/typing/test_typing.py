@@ -56,9 +56,7 @@ def pyright(cache: Path) -> Lines:
 
 
 @pytest.fixture(scope="module", params=[mypy, pyright], ids=lambda checker: checker.__name__)
-def checked(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Lines:
+def checked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lines:
     checker: Callable[[Path], Lines] = request.param
     if find_spec(checker.__name__) is None:
         pytest.skip(f"{checker.__name__} is not installed")

@@ -26,9 +26,7 @@ class StoredTensor:
     shape: tuple[int, ...]
 
 
-def fill(
-    target: Tensor, source: ByteSource, stored: StoredTensor, start: Sequence[int]
-) -> None:
+def fill(target: Tensor, source: ByteSource, stored: StoredTensor, start: Sequence[int]) -> None:
     """Read ``target.shape`` elements at index ``start`` of a stored tensor into ``target``.
 
     Memory beside ``target`` is one block, or one row where a row is larger.
@@ -43,7 +41,9 @@ def fill(
         CheckpointError: when the stored tensor does not cover the box, or the file ends early.
     """
     ends = (first + size for first, size in zip(start, target.shape, strict=True))
-    if len(stored.shape) != target.dim() or any(e > n for e, n in zip(ends, stored.shape)):
+    if len(stored.shape) != target.dim() or any(
+        end > size for end, size in zip(ends, stored.shape, strict=False)
+    ):
         raise CheckpointError(
             f"{stored.file} is damaged",
             why=f"a tensor of {list(target.shape)} is needed, and {list(stored.shape)} is stored",
@@ -75,4 +75,5 @@ def fill(
 def memory(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
     flat = tensor.detach().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    view: memoryview = flat.numpy().data
+    return view

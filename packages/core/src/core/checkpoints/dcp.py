@@ -1,4 +1,4 @@
-"""The DCP format: what ``torch.distributed.checkpoint`` writes, read without running its pickles."""
+"""The DCP format: what ``torch.distributed.checkpoint`` writes, read without its pickles."""
 
 from __future__ import annotations
 

@@ -14,8 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
+
 from core.checkpoints import layout, rng
 from core.checkpoints.layout import Manifest
+from core.checkpoints.planner import SafeLoadPlanner
 from core.checkpoints.save import CommittingWriter, Save, StepGuard, root_cause
 from core.checkpoints.settings import CheckpointSettings
 from core.checkpoints.state import State, loaded_values, restore, split
@@ -27,8 +34,6 @@ from core.plugins import Contributed
 from core.storage import TEMPORARY, publish
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from core.run import Run
 
 logger = logging.getLogger("core")
@@ -45,7 +50,7 @@ class Loaded:
         step: optimizer steps done when it was saved.
         path: the checkpoint's folder.
         values: plain values of the state (numbers, strings) by name.
-        remarks: sentences the user should see: skipped checkpoints, a changed plan, re-seeded ranks.
+        remarks: what the user should see: skipped checkpoints, a changed plan, re-seeded ranks.
     """
 
     step: int
@@ -204,10 +209,6 @@ class Checkpoints:
         temporary: Path,
         final: Path,
     ) -> Save:
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.staging import AsyncStager
-        from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
-
         chosen = self.format().value
         assert chosen.writer is not None
         run = {**self.run.describe(), "settings": self.run.settings_tree()}
@@ -220,7 +221,7 @@ class Checkpoints:
             layout.prune(self.directory, self.settings.keep)
 
         inner = chosen.writer(temporary, self.run)
-        response = dcp.async_save(
+        response = async_save(
             tensors,
             storage_writer=CommittingWriter(inner, commit),
             async_stager=inner if isinstance(inner, AsyncStager) else None,
@@ -235,11 +236,6 @@ class Checkpoints:
         return Save(step, final, temporary, at_once, response)
 
     def _read(self, folder: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> None:
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.api import CheckpointException
-
-        from core.checkpoints.planner import SafeLoadPlanner
-
         chosen = choose(
             "checkpoint format",
             manifest.format,
@@ -248,7 +244,7 @@ class Checkpoints:
         ).value
         assert chosen.reader is not None
         try:
-            dcp.load(
+            load(
                 tensors,
                 storage_reader=chosen.reader(folder, self.run),
                 planner=SafeLoadPlanner(),
@@ -284,11 +280,11 @@ class Checkpoints:
 
 def _plan_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What the run that saved and the run that loads do not have in common."""
-    remarks = []
-    for key in ("api", "plugins", "plan"):
-        if saved.get(key) != now.get(key):
-            remarks.append(f"the checkpoint was saved under another {key}: {_difference(saved, now, key)}")
-    return remarks
+    return [
+        f"the checkpoint was saved under another {key}: {_difference(saved, now, key)}"
+        for key in ("api", "plugins", "plan")
+        if saved.get(key) != now.get(key)
+    ]
 
 
 def _difference(saved: Mapping[str, Any], now: Mapping[str, Any], key: str) -> str:

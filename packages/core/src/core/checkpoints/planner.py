@@ -12,7 +12,7 @@ from core.errors import CheckpointError
 
 
 class SafeLoadPlanner(DefaultLoadPlanner):
-    """DCP's planner: all missing keys at once, and objects unpickled under ``weights_only`` rules."""
+    """DCP's planner: names all missing keys at once, and unpickles by ``weights_only`` rules."""
 
     def create_local_plan(self) -> LoadPlan:
         metadata = self.metadata

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import cast
 
 import numpy as np
 import torch
@@ -14,20 +13,16 @@ from torch import Tensor
 def capture() -> dict[str, Tensor]:
     """States of the generators of Python, numpy, torch and, where used, the GPU of this rank."""
     version, words, gauss = random.getstate()
-    numpy_state = cast(dict[str, object], np.random.get_state(legacy=False))
-    inner = cast(dict[str, object], numpy_state["state"])
+    numpy_state = np.random.get_state(legacy=False)
+    inner = numpy_state["state"]
     found = {
         "python": torch.tensor([version, *words], dtype=torch.int64),
-        "python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
+        "python_gauss": _doubles(float("nan") if gauss is None else gauss),
         "numpy": torch.from_numpy(np.asarray(inner["key"]).astype(np.int64)),
-        "numpy_rest": torch.tensor(
-            [float(cast(int, inner["pos"])), float(cast(int, numpy_state["has_gauss"]))]
-            + [float(cast(float, numpy_state["gauss"]))],
-            dtype=torch.float64,
-        ),
+        "numpy_rest": _doubles(inner["pos"], numpy_state["has_gauss"], numpy_state["gauss"]),
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         found["cuda"] = torch.cuda.get_rng_state()
     return found
 
@@ -43,6 +38,10 @@ def restore(state: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _doubles(*values: float) -> Tensor:
+    return torch.tensor([float(value) for value in values], dtype=torch.float64)
 
 
 def derive(seed: int, step: int, rank: int) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     StorageMeta,
@@ -100,7 +101,8 @@ class SafetensorsReader(StorageReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         self._entries = read_entries(self.path, self._source)
-        found = {name: _describe(entry) for name, entry in self._entries.items()}
+        found: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        found |= {name: _describe(entry) for name, entry in self._entries.items()}
         return Metadata(state_dict_metadata=found, storage_meta=StorageMeta())
 
     def set_up_storage_reader(

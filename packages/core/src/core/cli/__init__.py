@@ -29,6 +29,7 @@ _BUILTIN = {
     "plugins": "core.cli.plugins",
     "run": "core.cli.run",
 }
+_COLLECTED = "core.cli.commands"
 
 
 class Commands(click.Group):
@@ -57,8 +58,11 @@ class Commands(click.Group):
 
     def _of_plugins(self, ctx: click.Context) -> dict[str, click.Command]:
         """Commands of plugins; one that collides or is no command makes its plugin ``broken``."""
+        if _COLLECTED in ctx.meta:
+            known: dict[str, click.Command] = ctx.meta[_COLLECTED]
+            return known
         plugins = plugins_of(ctx)
-        found: dict[str, click.Command] = {}
+        found: dict[str, click.Command] = ctx.meta.setdefault(_COLLECTED, {})
         owner: dict[str, str] = {}
         for contributed in plugins.collect_safely(Hooks.core_commands):
             command: Any = contributed.value
@@ -85,8 +89,14 @@ def plugins_of(ctx: click.Context) -> Plugins:
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="core")
-@click.option("--no-plugin", metavar="NAME", multiple=True, help="Leave a plugin out. Repeatable.")
-@click.option("--no-plugins", is_flag=True, help="Leave all plugins out.")
+@click.option(
+    "--no-plugin",
+    metavar="NAME",
+    multiple=True,
+    is_eager=True,  # or --help would list the commands of plugins that are left out
+    help="Leave a plugin out. Repeatable.",
+)
+@click.option("--no-plugins", is_flag=True, is_eager=True, help="Leave all plugins out.")
 @click.option("-v", "--verbose", is_flag=True, help="Say more about what is chosen and why.")
 def cli(no_plugin: Sequence[str], no_plugins: bool, verbose: bool) -> None:
     """Train and serve PyTorch models with plugins.

@@ -43,8 +43,7 @@ def generate(
       core generate runs/quickstart/model --prompt "def main(" --max-new-tokens 32
     """
     from core.contributions import MODEL
-    from core.engines import Sampling
-    from core.engines import generate as answer
+    from core.engines import Sampling, generate as answer
     from core.recipes.models import load_model
     from core.recipes.tokens import load_tokenizer
     from core.settings import check
@@ -69,8 +68,12 @@ def generate(
         finally:
             engine.close()
     results = [
-        {"prompt": prompt, "text": tokenizer.decode(a.ids, skip_special_tokens=True),
-         "tokens": len(a.ids), "finish": a.finish}
+        {
+            "prompt": prompt,
+            "text": tokenizer.decode(a.ids, skip_special_tokens=True),
+            "tokens": len(a.ids),
+            "finish": a.finish,
+        }
         for prompt, a in zip(prompts, answers, strict=True)
     ]
     if as_json:

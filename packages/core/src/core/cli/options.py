@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from core.cli import plugins_of
 from core.discovery import discover
-from core.run import Run, start
-from core.settings import gather
+
+if TYPE_CHECKING:
+    from core.run import Run
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -66,6 +67,9 @@ def make_run(
     resume: bool = False,
 ) -> Run:
     """Start a run from the options of a command."""
+    from core.run import start
+    from core.settings import gather
+
     values = gather(settings, assignments=assignments)
     listed = values.tree.get("enable", [])
     disabled = values.tree.get("disable", [])

@@ -6,7 +6,6 @@ import inspect
 
 import click
 
-from core.catalogue import packages
 from core.cli import plugins_of
 from core.cli.table import echo_json, echo_table
 from core.hooks import API, Hooks
@@ -24,6 +23,8 @@ def plugins(ctx: click.Context, as_json: bool) -> None:
     Example:
       core plugins --json
     """
+    from core.catalogue import packages
+
     ctx.find_root().command.list_commands(ctx)  # type: ignore[attr-defined]
     found = plugins_of(ctx)
     rows = [
@@ -38,8 +39,13 @@ def plugins(ctx: click.Context, as_json: bool) -> None:
     ]
     missing = [package for package in packages() if package.plugin not in found]
     rows += [
-        {"name": p.plugin, "state": "not installed", "distribution": p.name, "version": "",
-         "reason": p.summary}
+        {
+            "name": p.plugin,
+            "state": "not installed",
+            "distribution": p.name,
+            "version": "",
+            "reason": p.summary,
+        }
         for p in missing
     ]
     if as_json:
@@ -73,5 +79,7 @@ def hooks(ctx: click.Context, as_json: bool) -> None:
     if as_json:
         echo_json({"api": API, "hooks": rows})
         return
-    table = [(str(row["hook"]), ", ".join(row["plugins"]) or "-", str(row["summary"])) for row in rows]
+    table = [
+        (str(row["hook"]), ", ".join(row["plugins"]) or "-", str(row["summary"])) for row in rows
+    ]
     echo_table(("HOOK", "IMPLEMENTED BY", "WHAT"), table)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from core.cli.options import as_json, make_run, run_options
 from core.cli.table import echo_json, echo_table
-from core.probes import Finding, measure, select
+
+if TYPE_CHECKING:
+    from core.probes import Finding
 
 
 @click.command()
@@ -33,6 +36,8 @@ def doctor(
       core doctor
       core doctor core.machine --json
     """
+    from core.probes import measure, select
+
     ctx.find_root().command.list_commands(ctx)  # type: ignore[attr-defined]
     with make_run(ctx, settings, assignments, enable) as run:
         findings = list(measure(run, select(run, names, slow=False)))
@@ -60,6 +65,8 @@ def bench(
       core bench
       core bench core.checkpoint --json > checkpoint.json
     """
+    from core.probes import measure, select
+
     findings: list[Finding] = []
     with make_run(ctx, settings, assignments, enable) as run:
         for found in select(run, names, slow=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -17,7 +17,9 @@ from core.contributions import Recipe
 from core.errors import CoreError, closest
 from core.hooks import Hooks
 from core.plugins import Plugins
-from core.run import Run
+
+if TYPE_CHECKING:
+    from core.run import Run
 
 
 def recipes(plugins: Plugins) -> dict[str, Recipe]:
@@ -35,7 +37,7 @@ def recipes(plugins: Plugins) -> dict[str, Recipe]:
     return found
 
 
-class RecipeName(click.ParamType):
+class RecipeName(click.ParamType[str]):
     """Name of a recipe, completed by the shell."""
 
     name = "recipe"
@@ -118,7 +120,9 @@ def plan(
         if as_json:
             echo_json({**described, "settings": tree})
             return
-        rows = [(p["stage"], p["id"], p["phase"], ", ".join(p["claims"])) for p in described["plan"]]
+        rows = [
+            (p["stage"], p["id"], p["phase"], ", ".join(p["claims"])) for p in described["plan"]
+        ]
         if rows:
             echo_table(("STAGE", "TRANSFORM", "PHASE", "CLAIMS"), rows)
         else:

@@ -110,7 +110,7 @@ class Engine(Protocol):
         """
 
     def cancel(self, request: int) -> None:
-        """End a request; its last token has the finish reason ``cancelled``. Unknown ids are fine."""
+        """End a request with the finish reason ``cancelled``; unknown ids are fine."""
 
     def step(self) -> list[Token]:
         """Run the model once, and return the tokens it made; empty when there is nothing to do."""

@@ -104,10 +104,10 @@ class PlainEngine:
         wrong = [i for i in prompt if not 0 <= i < self._config.vocab_size]
         if wrong:
             raise EngineError(f"token {wrong[0]} is not in 0..{self._config.vocab_size - 1}")
-        total = len(prompt) + request.sampling.max_new_tokens
-        if longest is not None and total > longest:
+        new = request.sampling.max_new_tokens
+        if longest is not None and len(prompt) + new > longest:
             raise EngineError(
-                f"{len(prompt)} prompt tokens and {request.sampling.max_new_tokens} new ones do not fit",
+                f"{len(prompt)} prompt tokens and {new} new ones do not fit",
                 why=f"the model holds {longest}",
             )
         if request.extras:
@@ -133,7 +133,7 @@ class PlainEngine:
         )
 
     def _forward(self, active: _Active) -> Tensor:
-        """Logits of the last pending token, in float32 on the CPU; the cache grows by all of them."""
+        """Logits of the last pending token, float32 on the CPU; the cache grows by all of them."""
         device = next(self.model.parameters()).device
         ids = torch.tensor([active.pending], device=device)
         training = self.model.training

@@ -10,7 +10,7 @@ from core.contributions import StepEnded
 from core.run import Run
 
 
-class CoreCallback(TrainerCallback):  # type: ignore[misc]
+class CoreCallback(TrainerCallback):
     """Gives an existing ``Trainer`` script the run's checkpoints and the plugins' events.
 
     Apply the transforms before the trainer is built, and add the callback to it::

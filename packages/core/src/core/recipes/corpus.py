@@ -95,7 +95,8 @@ def _json_text(file: Path, number: int, line: str) -> str:
         return str(json.loads(line)["text"])
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{file}, line {number} is no document", why=f"{type(error).__name__}: {error}",
+            f"{file}, line {number} is no document",
+            why=f"{type(error).__name__}: {error}",
             fix='each line is an object with a "text" field',
         ) from None
 

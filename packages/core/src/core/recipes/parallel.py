@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 if TYPE_CHECKING:
     from core.run import Run
@@ -25,11 +26,10 @@ def parallelize(model: nn.Module, run: Run, how: str) -> nn.Module:
         return model
     if how == "ddp":
         return nn.parallel.DistributedDataParallel(model)
-    from torch.distributed.fsdp import fully_shard
-
     for layer in layers_of(model):
         fully_shard(layer, mesh=run.mesh)
-    return fully_shard(model, mesh=run.mesh)
+    fully_shard(model, mesh=run.mesh)
+    return model
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
@@ -45,7 +45,7 @@ def gradient_sync(model: nn.Module, wanted: bool) -> Iterator[None]:
         with model.no_sync():
             yield
         return
-    if hasattr(model, "set_requires_gradient_sync"):
+    if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(wanted)
     yield
 

@@ -48,8 +48,17 @@ def quickstart(run: Run) -> Mapping[str, Any]:
     tour = Tour(trained.model, trained.data, run.folder, trained.metrics)
     trigram = Trigram(tour.data.training, len(tour.data.tokenizer)).loss(tour.data.held_out)
     loss = float(tour.metrics["held_out_loss"])
-    rows = [("core", Row(what="held-out loss, nats per token", ours=f"{loss:.3f}",
-                         plain=f"{trigram:.3f}", note="plain way: trigram on the same text"))]
+    rows = [
+        (
+            "core",
+            Row(
+                what="held-out loss, nats per token",
+                ours=f"{loss:.3f}",
+                plain=f"{trigram:.3f}",
+                note="plain way: trigram on the same text",
+            ),
+        )
+    ]
     rows.append(("core", _checkpoint_row(run)))
     rows.append(("core", _completion_row(run, tour)))
     steps = [c for c in run.plugins.collect(Hooks.core_recipes) if _is_ours(c.value)]

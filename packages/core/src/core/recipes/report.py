@@ -42,6 +42,7 @@ class Report:
         )
         self._task = self._progress.add_task("train", total=steps, completed=done, figures="")
         if run.is_main:
+            run.folder.mkdir(parents=True, exist_ok=True)
             kept = [line for line in read_metrics(run.folder) if line["step"] <= done]
             self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 

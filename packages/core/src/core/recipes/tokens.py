@@ -93,9 +93,7 @@ class Order:
         return self._order
 
 
-def _tokenizer(
-    run: Run, wanted: TrainSettings, texts: Sequence[str]
-) -> PreTrainedTokenizerBase:
+def _tokenizer(run: Run, wanted: TrainSettings, texts: Sequence[str]) -> PreTrainedTokenizerBase:
     """The user's tokenizer, the model's, the one this run made earlier, or a new one."""
     own = run.folder / "tokenizer"
     if wanted.tokenizer != "auto":
@@ -153,7 +151,8 @@ def _wrap(described: str) -> PreTrainedTokenizerBase:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(described), eos_token=END)
+    made = Tokenizer.from_str(described)
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END)  # type: ignore[no-untyped-call]
 
 
 def _sequences(tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:

@@ -108,7 +108,7 @@ def evaluate(model: nn.Module, held_out: Tensor, run: Run, wanted: TrainSettings
     """Mean loss over held-out sequences; every rank sees all of them."""
     model.eval()
     with torch.no_grad():
-        parts = held_out.split(16)
+        parts = torch.split(held_out, 16)
         total = sum(float(loss_of(model, part, run, wanted)) * len(part) for part in parts)
     model.train()
     return total / len(held_out)

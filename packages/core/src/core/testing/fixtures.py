@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from core.discovery import plugins_from
 from core.run import start
@@ -55,4 +55,5 @@ def make_run(
         []
     """
     taking_part = plugins_from({}) if plugins is None else plugins
-    return start(folder=folder, plugins=taking_part, enable=list(enable), **sections)
+    by_name = cast(dict[str, Any], sections)
+    return start(folder=folder, plugins=taking_part, enable=list(enable), **by_name)

@@ -11,8 +11,10 @@ A check that does not apply to a plugin is skipped with its reason, never silent
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -87,21 +89,25 @@ def checks(areas: Iterable[str] = ()) -> list[Check]:
 def run_checks(subject: Subject, chosen: Iterable[Check]) -> Iterator[Outcome]:
     """Run checks on a plugin one by one; whatever one of them raises is its outcome."""
     for check in chosen:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", ContractWarning)
-            try:
-                check.run(subject)
-            except Skip as skip:
-                yield Outcome(check, "skip", str(skip))
-                continue
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:
-                text = str(error) if type(error) is AssertionError else one_line(error)
-                yield Outcome(check, "fail", text)
-                continue
-        remarks = [str(w.message) for w in caught if issubclass(w.category, ContractWarning)]
-        yield Outcome(check, "warn" if remarks else "ok", "; ".join(remarks))
+        started = time.perf_counter()
+        outcome = _outcome(subject, check)
+        yield replace(outcome, seconds=time.perf_counter() - started)
+
+
+def _outcome(subject: Subject, check: Check) -> Outcome:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ContractWarning)
+        try:
+            check.run(subject)
+        except Skip as skip:
+            return Outcome(check, "skip", str(skip))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            text = str(error) if type(error) is AssertionError else one_line(error)
+            return Outcome(check, "fail", text)
+    remarks = [str(w.message) for w in caught if issubclass(w.category, ContractWarning)]
+    return Outcome(check, "warn" if remarks else "ok", "; ".join(remarks))
 
 
 def suite(

@@ -71,7 +71,8 @@ def policy(subject: Subject) -> None:
     for transform, build in pairs_of(subject, _claiming(subject, "positions")):
         first, second = (_policy(apply(subject, transform, build()), transform) for _ in range(2))
         for found in (first, second):
-            digest, text = found.digest(), f"the policy of {transform.name!r}"
+            digest: Any = found.digest()
+            text = f"the policy of {transform.name!r}"
             require(isinstance(digest, str), f"{text} has a digest that is no string")
             require(found.name, f"{text} has no name")
         same = first.digest() == second.digest()

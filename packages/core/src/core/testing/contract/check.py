@@ -43,16 +43,23 @@ class Check:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a check: ``ok``, ``warn``, ``fail`` or ``skip``, and why."""
+    """What came of a check: ``ok``, ``warn``, ``fail`` or ``skip``, and why; and what it took."""
 
     check: Check
     status: Literal["ok", "warn", "fail", "skip"]
     text: str = ""
+    seconds: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
         """Flat JSON object."""
         name, summary = self.check.name, self.check.summary
-        return {"check": name, "status": self.status, "remark": self.text, "demands": summary}
+        return {
+            "check": name,
+            "status": self.status,
+            "remark": self.text,
+            "demands": summary,
+            "seconds": round(self.seconds, 3),
+        }
 
 
 def checks_of(area: str, *functions: Callable[[Subject], None]) -> tuple[Check, ...]:

@@ -115,14 +115,15 @@ def _help(path: str, command: click.Command) -> Report:
         with contextlib.redirect_stdout(text):
             command.main(["--help"], prog_name=f"core {path}", standalone_mode=True)
     except SystemExit as end:
-        return {"exit": end.code or 0, "text": text.getvalue()}
-    return {"exit": 0, "text": text.getvalue()}
+        code = end.code or 0
+    return {"exit": code, "text": text.getvalue()}
 
 
 def _callables(tops: set[str]) -> Iterator[tuple[str, object]]:
     """All functions and classes of the loaded modules of some libraries, and their methods."""
     for module, found in list(sys.modules.items()):
-        if module.partition(".")[0] in tops and found is not None:
+        # A module that was forbidden stands there as None.
+        if found and module.partition(".")[0] in tops:
             for name, value in list(vars(found).items()):
                 if callable(value):
                     yield f"{module}.{name}", value

@@ -33,7 +33,9 @@ def has_example(subject: Subject) -> None:
 def light(subject: Subject) -> None:
     """--help loads none of torch, transformers, numpy and pydantic."""
     heavy = _report(subject)["heavy"]
-    require(not heavy, f"--help loads {', '.join(heavy)}; import them inside the command's function")
+    require(
+        not heavy, f"--help loads {', '.join(heavy)}; import them inside the command's function"
+    )
 
 
 def _report(subject: Subject) -> dict[str, Any]:

@@ -21,14 +21,16 @@ def kinds(subject: Subject) -> None:
     """Every hook yields what it should, and nothing raises."""
     import click
 
-    for kind in subject.settings:
+    kinds: list[Any] = list(subject.settings)
+    for kind in kinds:
         good = isinstance(kind, type) and issubclass(kind, Settings) and is_dataclass(kind)
         require(good, f"core_settings yields {kind!r}, which is no dataclass of core.Settings")
     require(
         subject.is_core or len(subject.settings) < 2,
         f"core_settings yields {len(subject.settings)} classes; a plugin has one section",
     )
-    for command in subject.commands:
+    commands: list[Any] = list(subject.commands)
+    for command in commands:
         found = type(command).__name__
         require(isinstance(command, click.Command), f"core_commands yields a {found}")
     if not list(_everything(subject)) and not subject.settings and not subject.commands:

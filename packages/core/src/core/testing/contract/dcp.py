@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from core.checkpoints.planner import SafeLoadPlanner
 from core.contributions import CheckpointFormat
@@ -67,7 +68,7 @@ def write(fmt: CheckpointFormat, path: Path, tensors: Mapping[str, Tensor], run:
     """
     assert fmt.writer is not None
     try:
-        dcp.save(dict(tensors), storage_writer=fmt.writer(path, run), no_dist=True)
+        save(dict(tensors), storage_writer=fmt.writer(path, run), no_dist=True)
     except (Exception, CheckpointException) as error:
         raise _clear(error, f"writing as {fmt.name!r}") from error
 
@@ -87,7 +88,7 @@ def read(
         # First alone: dcp.load logs what this raises, and raises something else.
         fmt.reader(path, run).read_metadata()
         reader = fmt.reader(path, run)
-        dcp.load(found, storage_reader=reader, planner=SafeLoadPlanner(), no_dist=True)
+        load(found, storage_reader=reader, planner=SafeLoadPlanner(), no_dist=True)
     except (Exception, CheckpointException) as error:
         raise _clear(error, f"reading as {fmt.name!r}") from error
     return found
@@ -95,10 +96,9 @@ def read(
 
 def _clear(error: BaseException, what: str) -> Exception:
     """The one clear error inside of what DCP collected from its ranks; else a failed check."""
-    inner = error
-    while isinstance(failures := getattr(inner, "failures", None), dict) and failures:
-        wrapped = next(iter(failures.values()))
-        inner = wrapped[0] if isinstance(wrapped, tuple) else wrapped
+    inner: Any = error
+    while isinstance(inner, CheckpointException) and inner.failures:
+        inner, _ = next(iter(inner.failures.values()))
     if isinstance(inner, CoreError):
         return inner
     return AssertionError(f"{what} raises {type(inner).__name__}, no CoreError: {inner}")

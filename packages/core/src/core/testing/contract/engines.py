@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from core.testing.contract.subject import Subject
 
 _NEW = 16
 _MARGIN = 1e-2
+_OTHER = 7
 _GREEDY = Sampling(max_new_tokens=_NEW)
 _DRAWN = Sampling(max_new_tokens=_NEW, temperature=1.0, seed=3)
 Ids = list[int]
@@ -31,13 +32,13 @@ def greedy(subject: Subject) -> None:
         with _engine(subject, engine_type, model) as engine:
             found = [list(c.ids) for c in generate(engine, prompts, _GREEDY)]
         for prompt, ids in zip(prompts, found, strict=True):
-            _require_same(engine_type, ids, reference(model, prompt), f"{len(prompt)} tokens")
+            _require_same(engine_type, ids, reference(build, prompt), f"{len(prompt)} tokens")
 
 
 def live_weights(subject: Subject) -> None:
     """The engine runs on the live module: changed weights change the next tokens."""
     for engine_type, build in _pairs(subject):
-        model, other, prompt = build(), build(seed=7), _prompts(build)[0]
+        model, other, prompt = build(), build(seed=_OTHER), _prompts(build)[0]
         with _engine(subject, engine_type, model) as engine:
             generate(engine, [prompt], _GREEDY)
             with torch.no_grad():
@@ -45,7 +46,7 @@ def live_weights(subject: Subject) -> None:
                     mine.copy_(theirs)
             (found,) = generate(engine, [prompt], _GREEDY)
         require(
-            list(found.ids)[:4] == reference(other, prompt)[:4],
+            list(found.ids)[:4] == reference(build, prompt, seed=_OTHER)[:4],
             f"{engine_type.name!r} does not see weights that changed in the module",
         )
 
@@ -53,20 +54,22 @@ def live_weights(subject: Subject) -> None:
 def load_weights(subject: Subject) -> None:
     """load_weights() replaces by name, raises the version, and refuses the unknown unchanged."""
     for engine_type, build in _pairs(subject):
-        model, other, prompt = build(), build(seed=7), _prompts(build)[0]
+        model, other, prompt = build(), build(seed=_OTHER), _prompts(build)[0]
         with _engine(subject, engine_type, model) as engine:
             before = generate(engine, [prompt], _GREEDY)[0]
             name, weight = next(iter(other.named_parameters()))
             for bad in [("no.such.weight", weight), (name, weight.detach().flatten())]:
                 given = [(name, torch.zeros_like(weight)), bad]
-                what = f"{engine_type.name!r} accepts the weight {bad[0]!r} of {tuple(bad[1].shape)}"
-                _require_refused(lambda e=engine, g=given: e.load_weights(g), what)
+                what = (
+                    f"{engine_type.name!r} accepts the weight {bad[0]!r} of {tuple(bad[1].shape)}"
+                )
+                _require_refused(partial(engine.load_weights, given), what)
             again = generate(engine, [prompt], _GREEDY)[0]
             refused = again.ids == before.ids
             require(refused, f"{engine_type.name!r} keeps a part of weights that it refused")
             engine.load_weights(other.named_parameters())
             after = generate(engine, [prompt], _GREEDY)[0]
-        loaded = list(after.ids)[:4] == reference(other, prompt)[:4]
+        loaded = list(after.ids)[:4] == reference(build, prompt, seed=_OTHER)[:4]
         require(loaded, f"{engine_type.name!r} answers with other weights than were loaded")
         newer = min(after.weights) > max(before.weights)
         require(newer, f"{engine_type.name!r} does not raise the version of its weights")
@@ -87,9 +90,9 @@ def refuses(subject: Subject) -> None:
         with _engine(subject, engine_type, model) as engine:
             for what, request in bad.items():
                 text = f"{engine_type.name!r} accepts {what}"
-                _require_refused(lambda e=engine, r=request: e.add(r), text)
+                _require_refused(partial(engine.add, request), text)
             (found,) = generate(engine, [prompt], _GREEDY)
-        _require_same(engine_type, list(found.ids), reference(model, prompt), "refused ones")
+        _require_same(engine_type, list(found.ids), reference(build, prompt), "refused ones")
 
 
 def cancel(subject: Subject) -> None:
@@ -106,14 +109,14 @@ def cancel(subject: Subject) -> None:
         text = f"{engine_type.name!r} ends a cancelled request with {ends.get(first)!r}"
         require(ends.get(first) == "cancelled", text)
         ids = [t.id for t in made if t.request == second]
-        _require_same(engine_type, ids, reference(model, prompts[1]), "a cancelled neighbour")
+        _require_same(engine_type, ids, reference(build, prompts[1]), "a cancelled neighbour")
 
 
 def stops(subject: Subject) -> None:
     """A stop id ends the answer, is its last token, and nothing comes after it."""
     for engine_type, build in _pairs(subject):
         model, prompt = build(), _prompts(build)[0]
-        wanted = reference(model, prompt)
+        wanted = reference(build, prompt)
         stop = next(i for i in wanted[2:] if i not in wanted[:2])
         expected = wanted[: wanted.index(stop) + 1]
         sampling = Sampling(max_new_tokens=_NEW, stop_ids=(stop,))
@@ -151,10 +154,10 @@ def two_at_once(subject: Subject) -> None:
             made: list[list[Token]] = [[], []]
             for _ in range(4 * _NEW):
                 for tokens, engine in zip(made, engines, strict=True):
-                    tokens += engine.step()
+                    tokens.extend(engine.step())
         for tokens, prompt in zip(made, prompts, strict=False):
             ids = [token.id for token in tokens]
-            _require_same(engine_type, ids, reference(model, prompt), "a second engine")
+            _require_same(engine_type, ids, reference(build, prompt), "a second engine")
 
 
 def restores(subject: Subject) -> None:
@@ -172,23 +175,27 @@ def restores(subject: Subject) -> None:
         require(same, f"the model computes something else after close() of {engine_type.name!r}")
 
 
-def reference(model: Any, prompt: Ids, count: int = _NEW) -> Ids:
-    """What transformers generates greedily."""
+def reference(build: Callable[..., nn.Module], prompt: Ids, *, seed: int = 0) -> Ids:
+    """What transformers generates greedily with a model that no engine has touched."""
+    return list(_reference(build, tuple(prompt), seed))
+
+
+@cache
+def _reference(build: Callable[..., nn.Module], prompt: tuple[int, ...], seed: int) -> Ids:
+    model: Any = build(seed=seed)
     ids = torch.tensor([prompt])
-    made = model.eval().generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
-    )
+    mask = torch.ones_like(ids)
+    made = model.generate(ids, attention_mask=mask, max_new_tokens=_NEW, do_sample=False)
     return [int(i) for i in made[0, len(prompt) :]]
 
 
 @cache
 def _prompts(build: Callable[..., nn.Module]) -> list[Ids]:
     """Prompts whose greedy answers are clear: no near tie that another order of sums may flip."""
-    model: Any = build()
     found: list[Ids] = []
     for seed in range(100):
         for prompt in tiny.prompts(seed=seed)[len(found) :]:
-            if not _is_clear(model, prompt):
+            if not _is_clear(build, prompt):
                 break
             found.append(prompt)
         if len(found) == len(tiny.prompts()):
@@ -196,8 +203,8 @@ def _prompts(build: Callable[..., nn.Module]) -> list[Ids]:
     raise AssertionError(f"no clear prompts for {build.__name__}")
 
 
-def _is_clear(model: Any, prompt: Ids) -> bool:
-    answer = reference(model, prompt)
+def _is_clear(build: Callable[..., nn.Module], prompt: Ids) -> bool:
+    model, answer = build(), reference(build, prompt)
     with torch.no_grad():
         logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
     best = logits.topk(2).values
@@ -228,7 +235,7 @@ def _build(subject: Subject, engine_type: EngineType, model: nn.Module) -> Engin
 
 
 @contextmanager
-def _engine(subject: Subject, engine_type: EngineType, model: nn.Module) -> Iterator[Engine]:
+def _engine(subject: Subject, engine_type: EngineType, model: nn.Module) -> Generator[Engine]:
     with subject.run() as run:
         engine = engine_type.build(model, run)
         try:
@@ -246,7 +253,9 @@ def _drain(engine: Engine) -> list[Token]:
 
 def _require_same(engine_type: EngineType, ids: Sequence[int], wanted: Ids, beside: str) -> None:
     if list(ids) != wanted:
-        at = next((i for i, (a, b) in enumerate(zip(ids, wanted, strict=False)) if a != b), "the end")
+        at = next(
+            (i for i, (a, b) in enumerate(zip(ids, wanted, strict=False)) if a != b), "the end"
+        )
         raise AssertionError(
             f"{engine_type.name!r} differs from generate at token {at} ({beside}): "
             f"{list(ids)} instead of {wanted}"
@@ -270,8 +279,12 @@ def _state(model: Any) -> dict[str, object]:
         "the modules": {n: (type(m), m.forward.__func__) for n, m in model.named_modules()},
         "training mode": {n: m.training for n, m in model.named_modules()},
         "the attention": model.config._attn_implementation,
-        "hooks": {n: len(m._forward_hooks) + len(m._forward_pre_hooks) for n, m in model.named_modules()},
+        "hooks": {n: _hooks(m) for n, m in model.named_modules()},
     }
+
+
+def _hooks(module: Any) -> int:
+    return len(module._forward_hooks) + len(module._forward_pre_hooks)
 
 
 def _logits(model: Any) -> Tensor:

@@ -178,6 +178,4 @@ def _other_formats(subject: Subject) -> Iterator[tuple[str, Path]]:
             yield found.value.name, path
 
 
-CHECKS = checks_of(
-    "formats", round_trip, source_unchanged, recognises_own, ignores_others, damaged
-)
+CHECKS = checks_of("formats", round_trip, source_unchanged, recognises_own, ignores_others, damaged)

@@ -108,6 +108,4 @@ def _ratio(reports: list[dict[str, float]]) -> float:
     return least / min(report["interpreter"] for report in reports)
 
 
-CHECKS = checks_of(
-    "imports", no_torch, cheap, quiet, no_threads, same_environment, no_patches
-)
+CHECKS = checks_of("imports", no_torch, cheap, quiet, no_threads, same_environment, no_patches)

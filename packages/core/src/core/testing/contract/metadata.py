@@ -54,9 +54,9 @@ def py_typed(subject: Subject) -> None:
 def licence(subject: Subject) -> None:
     """The distribution declares a licence."""
     metadata = subject.distribution.metadata
-    declared = [metadata.get(key) for key in ("License-Expression", "License")]
+    declared = [metadata[key] for key in ("License-Expression", "License") if key in metadata]
     declared += [c for c in metadata.get_all("Classifier") or () if c.startswith("License ::")]
-    require(any(declared), "no licence is declared; add license = \"...\" to [project]")
+    require(any(declared), 'no licence is declared; add license = "..." to [project]')
 
 
 CHECKS = checks_of("metadata", entry_point, core_requirement, py_typed, licence)

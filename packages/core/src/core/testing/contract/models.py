@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -17,7 +19,7 @@ def presets(subject: Subject) -> None:
         require(family.presets, f"the family {family.name!r} has no presets")
         for preset in family.presets:
             with torch.device("meta"):
-                built = family.build(preset, {})
+                built: Any = family.build(preset, {})
             what = f"{family.name}:{preset}"
             require(isinstance(built, nn.Module), f"{what} is a {type(built).__name__}, no module")
             require(any(True for _ in built.parameters()), f"{what} has no parameters")
@@ -34,7 +36,9 @@ def unknown_override(subject: Subject) -> None:
             continue
         except Exception as error:
             kind = type(error).__name__
-            raise AssertionError(f"{what} raises {kind} for an unknown field, no CoreError") from None
+            raise AssertionError(
+                f"{what} raises {kind} for an unknown field, no CoreError"
+            ) from None
         raise AssertionError(f"{what} ignores an unknown configuration field")
 
 

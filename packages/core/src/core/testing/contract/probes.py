@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 from weakref import WeakKeyDictionary
 
 from core.contributions import Probe, Reading, Status
@@ -38,7 +38,8 @@ def never_raise(subject: Subject) -> None:
 def readings(subject: Subject) -> None:
     """Readings have a name and one of the statuses ok, warn, fail, skip."""
     for measured in _measure(subject):
-        for reading in measured.readings:
+        found: list[Any] = list(measured.readings)
+        for reading in found:
             what = f"probe {measured.probe.name!r}"
             require(isinstance(reading, Reading), f"{what} yields a {type(reading).__name__}")
             known = get_args(Status)

@@ -32,7 +32,7 @@ class _Trained:
 
     def step(self) -> None:
         loss = self.model(torch.ones(2, _WIDTH)).square().mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -19,6 +19,7 @@ def mypy(subject: Subject) -> None:
     """The module of the plugin passes mypy --strict."""
     ended = _checker(
         "mypy",
+        "--config-file=",
         "--strict",
         "--follow-imports=silent",
         "--no-error-summary",
@@ -56,9 +57,7 @@ def _checker(module: str, *args: str) -> subprocess.CompletedProcess[str]:
         raise Skip(f"{module} is not installed")
     command = [sys.executable, "-m", module, *args]
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=_LIMIT, check=False
-        )
+        return subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT, check=False)
     except subprocess.TimeoutExpired:
         raise Skip(f"{module} takes more than {_LIMIT:.0f} s") from None
 

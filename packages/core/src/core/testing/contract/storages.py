@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from core.contributions import Storage
 from core.errors import CoreError
+from core.storage import ByteSink
 from core.testing.contract.check import Skip, checks_of, require
 from core.testing.contract.subject import Subject
 
@@ -30,9 +32,9 @@ def any_order(subject: Subject) -> None:
         sink.open("empty", 0)
         sink.write_at("gaps", 5_000, b"middle")
 
-        def write(mine: list[int], sink: object = sink) -> None:
+        def write(mine: list[int], sink: ByteSink = sink) -> None:
             for offset in mine:
-                sink.write_at("data", offset, content[offset : offset + _PIECE])  # type: ignore[attr-defined]
+                sink.write_at("data", offset, content[offset : offset + _PIECE])
 
         _in_threads(write, [offsets[1::2][::-1], offsets[::2]])
         sink.commit()
@@ -98,10 +100,10 @@ def out_of_range(subject: Subject) -> None:
         try:
             for offset, data in [(2, b"long"), (-1, b"x"), (5, b"x")]:
                 what = f"{storage.name!r} accepts {len(data)} bytes at {offset} of a file of 4"
-                _require_refused(lambda o=offset, d=data: sink.write_at("data", o, d), what)
+                _require_refused(partial(sink.write_at, "data", offset, data), what)
             for name in ("../data", "/tmp/data", ""):
                 what = f"{storage.name!r} accepts the file name {name!r}"
-                _require_refused(lambda n=name: sink.open(n, 4), what)
+                _require_refused(partial(sink.open, name, 4), what)
         finally:
             sink.abort()
 
@@ -131,10 +133,10 @@ def truncated(subject: Subject) -> None:
         source = storage.source(folder)
         for offset, length in [(0, 6), (5, 1), (100, 4)]:
             what = f"{storage.name!r} reads {length} bytes at {offset} of a file of 5"
-            _require_refused(lambda o=offset, n=length: source.read_into("data", o, bytearray(n)), what)
+            _require_refused(partial(source.read_into, "data", offset, bytearray(length)), what)
         what = f"{storage.name!r} reads a missing file"
-        _require_refused(lambda: source.read_into("absent", 0, bytearray(1)), what)
-        _require_refused(lambda: source.size("absent"), what)
+        _require_refused(partial(source.read_into, "absent", 0, bytearray(1)), what)
+        _require_refused(partial(source.size, "absent"), what)
         source.close()
 
 

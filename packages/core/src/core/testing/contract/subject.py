@@ -55,9 +55,7 @@ class Subject:
         """Return a new empty folder, removed when the process ends."""
         return Path(tempfile.mkdtemp(dir=self._scratch.name))
 
-    def run(
-        self, enable: Sequence[str] = (), **sections: Mapping[str, Any] | Settings
-    ) -> Run:
+    def run(self, enable: Sequence[str] = (), **sections: Mapping[str, Any] | Settings) -> Run:
         """Start a run in a folder of its own."""
         return make_run(self.folder(), plugins=self.plugins, enable=enable, **sections)
 
@@ -96,9 +94,9 @@ class Subject:
     def settings(self) -> list[type[Settings]]:
         """Its settings class; core has several."""
         if self.is_core:
-            from core.builtin import SECTIONS
+            from core.builtin import core_sections
 
-            return list(SECTIONS().values())
+            return list(core_sections().values())
         return [c.value for c in self.plugins.collect_from([self.name], Hooks.core_settings)]
 
     @cached_property

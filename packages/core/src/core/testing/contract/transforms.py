@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,13 @@ from core.testing import tiny
 from core.testing.contract.check import Skip, checks_of, remark, require
 from core.testing.contract.subject import Subject
 
+Pair = tuple[Transform[nn.Module], Callable[..., nn.Module]]
+"""A transform, and the builder of a tiny model that it accepts."""
+
 CLAIMS = frozenset({"attention", "positions", "linear", "mlp", "loss", "embedding"})
 """The slots that core's own documentation names; others are possible."""
+
+_refusals: WeakKeyDictionary[Subject, dict[tuple[str, str], str]] = WeakKeyDictionary()
 
 
 def returns(subject: Subject) -> None:
@@ -31,7 +37,8 @@ def batches(subject: Subject) -> None:
     if not of_batches:
         raise Skip("the plugin has no transform of batches")
     for transform in of_batches:
-        first, second = (_apply_to_batch(subject, transform) for _ in range(2))
+        results: list[Any] = [_apply_to_batch(subject, transform) for _ in range(2)]
+        first, second = results
         good = isinstance(first, Mapping) and all(isinstance(v, Tensor) for v in first.values())
         require(good, f"{transform.name!r} returns no mapping of tensors")
         require(same(first, second), f"{transform.name!r} gives two results for one batch")
@@ -125,21 +132,19 @@ def _equal(a: Any, b: Any) -> bool:
     return torch.equal(left, right)
 
 
-def pairs_of(
-    subject: Subject, transforms: list[Transform[nn.Module]]
-) -> list[tuple[Transform[nn.Module], Callable[..., nn.Module]]]:
+def pairs_of(subject: Subject, transforms: list[Transform[nn.Module]]) -> list[Pair]:
     """Every transform with every tiny model that it does not refuse.
 
     Raises:
         Skip: when there is no such pair, with the reasons of the refusals.
     """
-    found, refusals = [], []
+    found: list[Pair] = []
+    refusals: list[str] = []
     for transform in transforms:
         for name, build in tiny.MODELS.items():
-            try:
-                apply(subject, transform, build())
-            except ModelError as error:
-                refusals.append(f"{transform.name!r} refuses {name}: {error.why or error.what}")
+            refusal = _refusal(subject, transform, name)
+            if refusal:
+                refusals.append(f"{transform.name!r} refuses {name}: {refusal}")
             else:
                 found.append((transform, build))
     if not found:
@@ -147,7 +152,19 @@ def pairs_of(
     return found
 
 
-def _pairs(subject: Subject) -> list[tuple[Transform[nn.Module], Callable[..., nn.Module]]]:
+def _refusal(subject: Subject, transform: Transform[nn.Module], model: str) -> str:
+    known = _refusals.setdefault(subject, {})
+    key = transform.name, model
+    if key not in known:
+        try:
+            apply(subject, transform, tiny.MODELS[model]())
+            known[key] = ""
+        except ModelError as error:
+            known[key] = error.why or error.what
+    return known[key]
+
+
+def _pairs(subject: Subject) -> list[Pair]:
     of_models = [t for t in subject.transforms if t.stage == MODEL]
     if not of_models:
         raise Skip("the plugin has no transform of models")
@@ -160,7 +177,7 @@ def _changed(subject: Subject) -> Iterator[tuple[Transform[nn.Module], object, s
         yield transform, apply(subject, transform, model), type(model).__name__
 
 
-def _apply_to_batch(subject: Subject, transform: Transform[Any]) -> Mapping[str, Tensor]:
+def _apply_to_batch(subject: Subject, transform: Transform[Any]) -> object:
     with subject.run(enable=[f"{subject.name}.{transform.name}"]) as run:
         torch.manual_seed(0)
         return run.apply(BATCH, tiny.batch())
