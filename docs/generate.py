@@ -12,7 +12,7 @@ from core import contributions
 from core.contributions import Settings
 from core.discovery import discover
 from core.hooks import Hooks
-from core.run import settings_sections
+from core.sections import settings_sections
 from core.settings import schema
 
 

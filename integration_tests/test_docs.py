@@ -16,13 +16,15 @@ from workspace import ROOT, Page, packages, pages
 
 import core
 from core.cli import cli
-from core.contributions import MODEL, RunStarted, Transform
+from core.contributions import MODEL, Transform
 from core.discovery import discover
 from core.errors import CoreError
+from core.events import RunStarted
 from core.hooks import Hooks
 from core.plan import Plan
 from core.plugins import Contributed
-from core.run import settings_sections, start
+from core.run import start
+from core.sections import settings_sections
 from core.testing.fixtures import plugin_of
 
 HOOKS = [name for name in vars(Hooks) if name.startswith("core_")]

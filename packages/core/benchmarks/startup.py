@@ -140,8 +140,9 @@ def processor_seconds(program: str, site: Path) -> float:
 
 def in_process() -> dict[str, dict[str, float]]:
     """Microseconds of a hook call, an event and a plan, against plain Python doing the same."""
-    from core.contributions import Stage, StepEnded, Transform
+    from core.contributions import Stage, Transform
     from core.discovery import plugins_from
+    from core.events import StepEnded
     from core.hooks import Hooks, hookimpl
     from core.plan import Plan
     from core.plugins import Contributed

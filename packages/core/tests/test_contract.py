@@ -4,4 +4,6 @@ from __future__ import annotations
 
 from core.testing import contract
 
-test_contract = contract.suite("core")
+TYPES = "both checkers look at all of core, not in the tests"
+
+test_contract = contract.suite("core", skip={"static.mypy": TYPES, "static.pyright": TYPES})

@@ -39,7 +39,6 @@ from core.plugins import Plugins
 from core.storage import FileSink, FileSource
 from core.testing import contract, tiny
 from core.testing.contract import Outcome, Subject
-from core.testing.contract.imports import require_unpatched
 from core.testing.fixtures import plugin_of
 
 
@@ -541,11 +540,35 @@ def test_engines(engine: type[PlainEngine], check: str, message: str) -> None:
     assert_fails(yielding("core_engines", made), check, message)
 
 
+# What core itself promises
+
+
+def test_core_that_merges_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    def first_only(*parts: Any) -> Any:
+        return parts[0]
+
+    monkeypatch.setattr("core.testing.contract.numerics.merge", first_only)
+    found = outcome(plugin_of(Builtin(), "x"), "numerics.merge-is-exact", "core")
+    assert (found.status, found.text) == ("fail", "merged outputs differ")
+
+
+def test_core_whose_probe_notices_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("core.testing.contract.numerics.require_equivalent", nothing)
+    found = outcome(plugin_of(Builtin(), "x"), "numerics.change-is-noticed", "core")
+    assert (found.status, "passes for the same" in found.text) == ("fail", True)
+
+
+def test_core_with_one_salt_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("core.identity.CacheIdentity.salt", lambda self: "salt")
+    found = outcome(plugin_of(Builtin(), "x"), "numerics.identity", "core")
+    assert (found.status, found.text) == ("fail", "two different identities have one salt")
+
+
 # Of the suite itself
 
 
 def test_tiny_models_say_many_different_tokens() -> None:
-    from core.testing.contract.engines import reference
+    from core.testing.contract.answers import reference
 
     for build in tiny.MODELS.values():
         most = max(len(set(reference(build, prompt))) for prompt in tiny.prompts())

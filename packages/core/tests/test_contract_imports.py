@@ -30,11 +30,11 @@ Plugin.core_commands = core_commands
 
 RUDE = (
     """
-import json, os, threading
+import colorsys, os, threading
 import pydantic
 print("loaded")
 os.environ["RUDE"] = "1"
-json.dumps = lambda value: "{}"
+colorsys.rgb_to_hls = print
 threading.Thread(target=threading.Event().wait, daemon=True).start()
 sum(range(20_000_000))
 """
@@ -91,9 +91,9 @@ def test_patched_library_is_named(site: Site) -> None:
         "from core.discovery import discover\n"
         "from core.testing.contract import Subject\n"
         "from core.testing.contract.imports import require_unpatched\n"
-        "require_unpatched(Subject('rude', discover()), ('json',))",
+        "require_unpatched(Subject('rude', discover()), ('colorsys',))",
     )
-    assert "importing core_rude:Plugin replaces json.dumps" in ended.stderr
+    assert "importing core_rude:Plugin replaces colorsys.rgb_to_hls" in ended.stderr
 
 
 @pytest.mark.slow

@@ -52,16 +52,23 @@ def told(module_site: Site) -> list[list[str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("CORE_")}
+    kept |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    kept |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     processes = []
     for rank, place in enumerate(["first", "second"]):
-        variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
-                     "CUDA_VISIBLE_DEVICES": "",
-                     "PYTHONPATH": str(module_site.folder / place)}  # fmt: skip
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("CORE_")}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        command, variables = [sys.executable, "rank.py"], {**kept, **variables}
-        processes.append(subprocess.Popen(command, cwd=module_site.work, env=variables, **pipes))
+        path = [str(module_site.folder / place), *filter(None, [kept.get("PYTHONPATH")])]
+        own = {"RANK": str(rank), "LOCAL_RANK": "0", "PYTHONPATH": os.pathsep.join(path)}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "rank.py"],
+                cwd=module_site.work,
+                env=kept | own,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
     said = []
     for process in processes:
         out, err = process.communicate(timeout=120)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import core
-from core.contributions import Event, StepEnded
 from core.discovery import plugins_from
+from core.events import Event, StepEnded
 from core.hooks import Hooks, hookimpl
 from core.plugins import Plugins
 from core.run import Run

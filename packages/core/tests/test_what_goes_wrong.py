@@ -116,6 +116,18 @@ def test_doctor_fails_and_names_each_bad_plugin(doctor: CompletedProcess[str]) -
     assert status["plugin prints"] == "warn"
 
 
+def test_doctor_asks_every_hook(site: Site) -> None:
+    for hook in ("settings", "checkpoints", "engines", "models", "recipes", "probes"):
+        source = f"class Plugin(Hooks):\n    @hookimpl\n    def core_{hook}(self):\n        1 / 0\n"
+        site.install(f"core-no-{hook}", source)
+    ended = site.core("doctor", "core.installation", "--json")
+    assert ended.returncode == 1
+    status = {found["name"]: found["value"] for found in json.loads(ended.stdout)}
+    for hook in ("settings", "checkpoints", "engines", "models", "recipes", "probes"):
+        said = f"broken: core_{hook}: ZeroDivisionError: division by zero"
+        assert status[f"plugin no-{hook}"] == said
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -197,11 +209,14 @@ def test_strict_mode_raises_the_failure_of_a_plugin(shared_site: Site) -> None:
 
 
 def test_a_disabled_list_in_the_settings_file_is_not_imported(site: Site) -> None:
-    site.install("core-loud", "raise SystemExit('I was imported')")
+    site.install("core-loud", "open('imported', 'w').close()\n" + site.good)
     (site.work / "run.toml").write_text('disable = ["loud"]\nenable = ["loud"]\n')
     ended = site.core("plan", "--settings", "run.toml")
     assert ended.returncode == 2
     assert "plugin 'loud' is disabled: switched off by name" in ended.stderr
+    assert not (site.work / "imported").exists()
+    assert site.core("plugins").returncode == 0
+    assert (site.work / "imported").exists()
 
 
 def test_newer_plugins_are_found_when_older_metadata_hides_them(site: Site) -> None:
@@ -228,6 +243,7 @@ def test_a_half_removed_distribution_does_not_stop_discovery(site: Site) -> None
     states = {row["name"]: row["state"] for row in json.loads(shown.stdout)["plugins"]}
     assert states["whole"] == "active"
     assert "half" in states
+    assert "whole" in site.core("plugins").stdout
     assert site.core("doctor", "core.installation").returncode in (0, 1)
 
 

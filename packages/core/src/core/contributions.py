@@ -8,7 +8,7 @@ importing this module never imports it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
@@ -114,6 +114,20 @@ class CheckpointFormat:
     A converter is the reader of one format and the writer of another, so a new format is readable
     into and from all others at once.
 
+    Example::
+
+        def is_mine(path):
+            return (path / "mine.json").is_file()
+
+        def read(path, run):
+            return MyReader(run.checkpoints.storage().value.source(path))
+
+        yield CheckpointFormat(
+            name="mine", summary="Checkpoints of my cluster.", detect=is_mine, reader=read
+        )
+
+    From then on ``core convert DIR OUT --to dcp`` reads such folders, and so does ``run.load``.
+
     Args:
         name: what ``checkpoint.format`` and ``core convert --to`` call it.
         summary: one sentence.
@@ -138,6 +152,13 @@ class CheckpointFormat:
 @dataclass(frozen=True, kw_only=True)
 class Storage:
     """A way to move bytes between memory and a folder: the carrier below checkpoint writers.
+
+    Example::
+
+        yield Storage(name="fast", summary="Direct I/O.", sink=FastSink, source=FastSource,
+                      preference=10, works=why_not_here)
+
+    See :class:`core.storage.ByteSink` and :class:`core.storage.ByteSource`.
 
     Args:
         name: what ``checkpoint.storage`` calls it.
@@ -274,41 +295,6 @@ class Probe:
     measure: Callable[[Run], Iterable[Reading]]
     slow: bool = False
 
-
-@dataclass(frozen=True, kw_only=True)
-class RunStarted:
-    """The run is validated and planned; nothing was changed yet."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepEnded:
-    """An optimizer step ended.
-
-    Args:
-        step: number of optimizer steps done so far; the first step ends with 1.
-        metrics: figures of this step, such as ``loss`` in nats per token.
-    """
-
-    step: int
-    metrics: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointSaved:
-    """A checkpoint is durable at ``path``."""
-
-    step: int
-    path: Path
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunEnded:
-    """The run is over; ``error`` is empty when it went well."""
-
-    error: str = ""
-
-
-Event = RunStarted | StepEnded | CheckpointSaved | RunEnded
 
 CheckpointContribution = CheckpointFormat | Storage
 RecipeContribution = Recipe | Step

@@ -78,9 +78,8 @@ def _discover(disabled: frozenset[str], off: bool, strict: bool) -> Plugins:
     manager, own = _with_builtin()
     plugins = [own]
     found = _scan()
-    by_name = Counter(point.name for point in found if point.group == hooks.GROUP)
-    for point in found:
-        plugin = _describe(point)
+    by_name = Counter(point.name for point, _ in found if point.group == hooks.GROUP)
+    for point, plugin in found:
         if any(plugin.name == known.name for known in plugins):
             continue
         if off or point.name in disabled:
@@ -89,16 +88,23 @@ def _discover(disabled: frozenset[str], off: bool, strict: bool) -> Plugins:
         elif point.group != hooks.GROUP:
             plugins.append(_incompatible(plugin, point))
         elif by_name[point.name] > 1:
-            plugins.append(_conflict(plugin, found))
+            plugins.append(_conflict(plugin, point.name, found))
         else:
             plugins.append(_load(manager, plugin, point, strict))
     return Plugins(plugins)
 
 
+class _Manager(pluggy.PluginManager):
+    """Looks at no special methods: they are most of a plugin's names, and cost most of its start."""
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> Any:
+        return None if name.startswith("__") else super().parse_hookimpl_opts(plugin, name)
+
+
 def _with_builtin() -> tuple[pluggy.PluginManager, Plugin]:
     from core.builtin import Builtin
 
-    manager = pluggy.PluginManager(hooks.PROJECT)
+    manager = _Manager(hooks.PROJECT)
     manager.add_hookspecs(Hooks)
     own = Plugin(
         name=BUILTIN, state=State.ACTIVE, reason="part of core", target="core.builtin:Builtin"
@@ -106,30 +112,28 @@ def _with_builtin() -> tuple[pluggy.PluginManager, Plugin]:
     return manager, replace(own, implementations=_register(manager, BUILTIN, Builtin()))
 
 
-def _scan() -> list[EntryPoint]:
+def _scan() -> list[tuple[EntryPoint, Plugin]]:
     """Entry points of our groups, in an order that all ranks of a job agree on."""
     points = entry_points()
     older_and_newer = [f"core.v{hooks.API - 1}", f"core.v{hooks.API + 1}"]
-    found = [p for group in [hooks.GROUP, *older_and_newer] for p in points.select(group=group)]
-    unique = {(p.name, p.value, p.group, _distribution_name(p)): p for p in found}
-    return sorted(
-        unique.values(), key=lambda p: (p.group != hooks.GROUP, p.name, _distribution_name(p))
-    )
-
-
-def _distribution_name(point: EntryPoint) -> str:
-    # The name is None where an interrupted uninstallation left no METADATA behind.
-    return (point.dist.name or "") if point.dist is not None else ""
+    groups = [hooks.GROUP, *older_and_newer]
+    found = [(p, _describe(p)) for group in groups for p in points.select(group=group)]
+    unique = {
+        (p.group != hooks.GROUP, p.name, d.distribution, p.group, p.value): (p, d) for p, d in found
+    }
+    return [unique[key] for key in sorted(unique)]
 
 
 def _describe(point: EntryPoint) -> Plugin:
-    distribution = _distribution_name(point)
+    # Read once: every access parses the file. It is absent after an interrupted uninstallation.
+    metadata: Any = point.dist.metadata if point.dist is not None else {}
+    distribution: str = metadata.get("Name", "")
     return Plugin(
         # Core's own name is taken before anything is loaded: show the other one all the same.
         name=f"{BUILTIN} ({distribution})" if point.name == BUILTIN else point.name,
         state=State.ACTIVE,
         distribution=distribution,
-        version=(point.dist.version or "") if point.dist is not None else "",
+        version=metadata.get("Version", ""),
         target=point.value,
     )
 
@@ -144,10 +148,10 @@ def _incompatible(plugin: Plugin, point: EntryPoint) -> Plugin:
     return replace(plugin, state=State.INCOMPATIBLE, reason=reason)
 
 
-def _conflict(plugin: Plugin, found: Iterable[EntryPoint]) -> Plugin:
-    same = [p for p in found if p.name == plugin.name and p.group == hooks.GROUP]
-    owners = " and ".join(_distribution_name(p) for p in same)
-    reason = f"both {owners} call themselves {plugin.name!r}; uninstall one of them"
+def _conflict(plugin: Plugin, name: str, found: Iterable[tuple[EntryPoint, Plugin]]) -> Plugin:
+    same = [d for point, d in found if point.name == name and point.group == hooks.GROUP]
+    owners = " and ".join(other.distribution for other in same)
+    reason = f"both {owners} call themselves {name!r}; uninstall one of them"
     return replace(plugin, state=State.CONFLICT, reason=reason)
 
 

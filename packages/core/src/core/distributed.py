@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from core.errors import CoreError, PluginError
 
@@ -95,8 +95,7 @@ class Ranks:
             return None
         import torch.distributed as dist
 
-        group: ProcessGroup | None = dist.new_group(backend="gloo")
-        return group
+        return cast("ProcessGroup", dist.new_group(backend="gloo"))
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's ``value``, in the order of ranks."""

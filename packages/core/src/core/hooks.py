@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from core.contributions import (
         CheckpointContribution,
         EngineType,
-        Event,
         ModelFamily,
         Probe,
         RecipeContribution,
         Settings,
         Transform,
     )
+    from core.events import Event
     from core.run import Run
 else:
 

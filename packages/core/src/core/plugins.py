@@ -15,7 +15,7 @@ from core.errors import PluginError, closest
 from core.hooks import Hooks
 
 if TYPE_CHECKING:
-    from core.contributions import Event
+    from core.events import Event
     from core.run import Run
 
 P = ParamSpec("P")

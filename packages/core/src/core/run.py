@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import atexit
 import json
-import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import is_dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from core import hooks
 from core.choice import choose
-from core.contributions import Event, RunEnded, RunStarted, Settings, Stage
+from core.contributions import Settings, Stage
 from core.discovery import BUILTIN, discover
 from core.distributed import Ranks
 from core.errors import PluginError
+from core.events import Event, RunEnded, RunStarted
 from core.hooks import Hooks
 from core.plan import Plan, select
-from core.plugins import Plugins, State
-from core.settings import Values, dump, gather, validate
+from core.plugins import Plugins
+from core.sections import settings_sections, why_unknown
+from core.settings import dump, gather, names, validate
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound=Settings)
 T = TypeVar("T")
-logger = logging.getLogger("core")
 
 
 class Run:
@@ -48,6 +47,7 @@ class Run:
         ranks: this process among its ranks.
         folder: where the run keeps its files.
         resume: whether recipes go on from the newest checkpoint of ``folder``.
+        quiet: whether the plan and the choices of the run are not printed.
     """
 
     def __init__(
@@ -59,17 +59,18 @@ class Run:
         ranks: Ranks,
         *,
         resume: bool = False,
+        quiet: bool = False,
     ) -> None:
         self.plugins = plugins
         self.enabled = tuple(enabled)
         self.folder = folder
         self.ranks = ranks
         self.resume = resume
+        self.quiet = quiet
         self._settings = dict(settings)
         self._checkpoints: Checkpoints | None = None
         self._open = True
-        names = list(dict.fromkeys(name.partition(".")[0] for name in self.enabled))
-        found = plugins.collect_from(names, Hooks.core_transforms, self)
+        found = plugins.collect_from(_owners(self.enabled), Hooks.core_transforms, self)
         self.plan = Plan.build(select(found, self.enabled), self.enabled)
 
     @property
@@ -144,7 +145,7 @@ class Run:
         wanted = name or self.settings(EngineSettings).name
         found = self.plugins.collect(Hooks.core_engines)
         choice = choose("engine", wanted, found, lambda engine: "")
-        logger.info("engine: %s (%s)", choice.value.name, choice.why)
+        self.announce(f"engine: {choice.value.name}, {choice.why}")
         return choice.value.build(model, self)
 
     def describe(self) -> dict[str, Any]:
@@ -175,6 +176,11 @@ class Run:
         """Print a line about the run (rank 0 only, to standard error)."""
         if self.is_main:
             print(text, file=sys.stderr, flush=True)
+
+    def announce(self, text: str) -> None:
+        """Print what was planned or chosen, unless the run is quiet."""
+        if not self.quiet:
+            self.tell(text)
 
     def close(self, error: str = "") -> None:
         """Wait for the last checkpoint, tell observers that the run ended, leave the ranks.
@@ -211,6 +217,7 @@ def start(
     set: Sequence[str] = (),
     folder: str | os.PathLike[str] = "runs/run",
     resume: bool = False,
+    quiet: bool = False,
     plugins: Plugins | None = None,
     **sections: Mapping[str, Any] | Settings,
 ) -> Run:
@@ -226,6 +233,7 @@ def start(
         set: assignments such as ``"fp6.bits=5"``.
         folder: where the run keeps its files.
         resume: let recipes go on from the newest checkpoint of ``folder``.
+        quiet: do not print the plan and what is chosen.
         plugins: the plugins to use instead of discovering them.
         sections: settings by section, over all other sources: ``checkpoint={"keep": 2}``.
 
@@ -235,7 +243,7 @@ def start(
         PlanError: when the enabled transforms do not fit together.
 
     Example:
-        >>> run = start(checkpoint={"keep": 2})
+        >>> run = start(checkpoint={"keep": 2}, quiet=True)
         >>> run.plan.ids
         []
         >>> run.close()
@@ -245,47 +253,25 @@ def start(
     if enable is not None:
         values.put(("enable",), list(enable), "keyword argument")
     if plugins is None:
-        plugins = discover(disabled=_names(values, "disable"))
-    enabled = _names(values, "enable")
+        plugins = discover(disabled=names(values, "disable"))
+    enabled = names(values, "enable")
     known = settings_sections(plugins)
-    plugins.require(dict.fromkeys(name.partition(".")[0] for name in enabled))
-    settings = validate(values, known, _why_unknown(plugins))
+    plugins.require(_owners(enabled))
+    settings = validate(values, known, why_unknown(plugins))
     ranks = Ranks.from_environment()
     plugins.setup(enabled)
     ranks.join()
-    run = Run(plugins, settings, enabled, Path(folder), ranks, resume=resume)
+    run = Run(plugins, settings, enabled, Path(folder), ranks, resume=resume, quiet=quiet)
     ranks.require_same(_facts(run))
     atexit.register(run.close)
+    run.announce(f"plan: {', '.join(run.plan.ids) or 'no transforms'}")
     run.emit(RunStarted())
     return run
 
 
-def settings_sections(plugins: Plugins) -> dict[str, type[Settings]]:
-    """Settings class by section: core's own, then one for each active plugin that has one.
-
-    A plugin that fails to give its settings, or gives two classes of them, becomes ``broken``.
-    """
-    from core.builtin import core_sections
-
-    found: dict[str, type[Settings]] = dict(core_sections())
-    for contributed in plugins.collect_safely(Hooks.core_settings):
-        name, kind = contributed.plugin, cast(type[Any], contributed.value)
-        if name in found:
-            plugins.mark_broken(name, "core_settings yielded two classes")
-        elif not (issubclass(kind, Settings) and is_dataclass(kind)):
-            plugins.mark_broken(name, f"core_settings: {kind.__name__} is no Settings dataclass")
-        found[name] = kind
-    return {s: kind for s, kind in found.items() if s in core_sections() or plugins.is_active(s)}
-
-
-def _why_unknown(plugins: Plugins) -> dict[str, str]:
-    reasons = {p.name: plugins.explain(p.name) for p in plugins if p.state is not State.ACTIVE}
-    return reasons | {p.name: f"plugin {p.name!r} has no settings" for p in plugins.active}
-
-
-def _names(values: Values, key: str) -> list[str]:
-    found = values.tree.get(key, [])
-    return [str(name) for name in found] if isinstance(found, list) else []
+def _owners(enabled: Sequence[str]) -> list[str]:
+    """Plugins of enabled plugins and transforms, each once, in the user's order."""
+    return list(dict.fromkeys(name.partition(".")[0] for name in enabled))
 
 
 def _facts(run: Run) -> dict[str, Any]:

@@ -209,6 +209,12 @@ def _top_level_problems(
             yield f"{values.source((name,))}: [{name}]: {why_unknown.get(name, nothing)}"
 
 
+def names(values: Values, key: str) -> list[str]:
+    """The list of plugin names under a top-level key; :func:`validate` judges its form."""
+    found = values.tree.get(key, [])
+    return [str(name) for name in found] if isinstance(found, list) else []
+
+
 def _environment_path(name: str) -> Keys:
     if not name.startswith("CORE_") or "__" not in name:
         return ()

@@ -53,7 +53,7 @@ def checkpoints(run: Run) -> Iterator[Reading]:
 
 def hooks(run: Run) -> Iterator[Reading]:
     """One event to all plugins, and a plan of 100 transforms, against a plain Python call."""
-    from core.contributions import StepEnded
+    from core.events import StepEnded
 
     event = StepEnded(step=1)
     call = _per_call(lambda: _nothing(run, event))

@@ -6,8 +6,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
 import core
@@ -28,8 +27,12 @@ def model() -> nn.Module:
 def by_transformers(model: nn.Module, prompt: list[int], new: int) -> list[int]:
     ids = torch.tensor([prompt])
     out = model.generate(  # type: ignore[operator]
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
-        eos_token_id=None, pad_token_id=0,
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     return [int(token) for token in out[0, len(prompt) :]]
 

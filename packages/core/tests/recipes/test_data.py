@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import core
 from core.recipes import corpus
@@ -37,9 +36,7 @@ def test_files_folders_and_json_lines_are_read(tmp_path: Path) -> None:
         ("x.bin", "a", "holds no text"),
     ],
 )
-def test_bad_text_is_one_clear_error(
-    tmp_path: Path, name: str, content: str, reason: str
-) -> None:
+def test_bad_text_is_one_clear_error(tmp_path: Path, name: str, content: str, reason: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(core.DataError, match=reason):
         corpus.documents([str(tmp_path)], 0)
@@ -93,13 +90,19 @@ def test_the_schedule_warms_up_and_cools_down() -> None:
 
 def slow_trigram(training: list[list[int]], held: list[list[int]], size: int) -> float:
     """The same interpolation, written down one token at a time."""
-    unigram, bigram, trigram = Counter[int](), Counter[tuple[int, ...]](), Counter[tuple[int, ...]]()
+    unigram, bigram, trigram = (
+        Counter[int](),
+        Counter[tuple[int, ...]](),
+        Counter[tuple[int, ...]](),
+    )
     for row in training:
         unigram.update(row)
         bigram.update(zip(row, row[1:], strict=False))
         trigram.update(zip(row, row[1:], row[2:], strict=False))
 
-    def backed(table: Counter[tuple[int, ...]], context: tuple[int, ...], t: int, p: float) -> float:
+    def backed(
+        table: Counter[tuple[int, ...]], context: tuple[int, ...], t: int, p: float
+    ) -> float:
         total = sum(n for key, n in table.items() if key[:-1] == context)
         kinds = sum(1 for key in table if key[:-1] == context)
         return (table[(*context, t)] + kinds * p) / (total + kinds) if total else p

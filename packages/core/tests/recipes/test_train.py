@@ -127,9 +127,7 @@ def with_transforms(events: list[core.Event]) -> Plugins:
         events.append(event)
 
     hooks = {Hooks.core_transforms.__name__: transforms, Hooks.core_event.__name__: observe}
-    return Plugins(
-        [*discover(), Plugin(name="demo", state=State.ACTIVE, implementations=hooks)]
-    )
+    return Plugins([*discover(), Plugin(name="demo", state=State.ACTIVE, implementations=hooks)])
 
 
 def test_enabled_transforms_and_events_reach_the_recipe(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 import core
-from core.contributions import MODEL, Event, Probe, Reading, Settings, Transform
+from core.contributions import MODEL, Probe, Reading, Settings, Transform
+from core.events import Event
 from core.hooks import Hooks, hookimpl, implements, override
 from core.run import Run
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from core.contributions import EngineType, Event, Probe, Transform
+from core.contributions import EngineType, Probe, Transform
+from core.events import Event
 from core.hooks import Hooks, implements
 from core.run import Run
 

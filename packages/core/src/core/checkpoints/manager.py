@@ -27,8 +27,9 @@ from core.checkpoints.save import CommittingWriter, Save, StepGuard, root_cause
 from core.checkpoints.settings import CheckpointSettings
 from core.checkpoints.state import State, loaded_values, restore, split
 from core.choice import Choice, choose
-from core.contributions import CheckpointFormat, CheckpointSaved, Storage
+from core.contributions import CheckpointFormat, Storage
 from core.errors import CheckpointError
+from core.events import CheckpointSaved
 from core.hooks import Hooks
 from core.plugins import Contributed
 from core.storage import TEMPORARY, publish
@@ -92,9 +93,9 @@ class Checkpoints:
                 return "it cannot be written" if not candidate.writer else candidate.works(existing)
 
             existing = _nearest_existing(self.directory)
-            self._format = choose(
-                "checkpoint format", self.settings.format, self.formats(), objection
-            )
+            chosen = choose("checkpoint format", self.settings.format, self.formats(), objection)
+            self.run.announce(f"checkpoints: {chosen.value.name}, {chosen.why}")
+            self._format = chosen
         return self._format
 
     def storage(self) -> Choice[Storage]:

@@ -37,13 +37,14 @@ def check(
     """
     from core.testing import contract
 
-    chosen = contract.checks(only)
     if listing:
+        chosen = contract.checks(only)
         echo_table(("CHECK", "DEMANDS"), [(each.name, each.summary) for each in chosen])
         return
     if name is None:
         raise click.UsageError("name a plugin, such as: core check core")
     subject = contract.Subject(name, plugins_of(ctx))
+    chosen = contract.checks(only)
     with redirect_stdout(sys.stderr):
         running = contract.run_checks(subject, chosen)
         hidden = not sys.stderr.isatty()

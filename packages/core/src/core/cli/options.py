@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from core.cli import plugins_of
 from core.discovery import discover
 
 if TYPE_CHECKING:
@@ -65,26 +64,23 @@ def make_run(
     *,
     folder: Path = Path("runs/run"),
     resume: bool = False,
+    quiet: bool = True,
 ) -> Run:
     """Start a run from the options of a command."""
     from core.run import start
-    from core.settings import gather
+    from core.settings import gather, names
 
     values = gather(settings, assignments=assignments)
-    listed = values.tree.get("enable", [])
-    disabled = values.tree.get("disable", [])
     root = ctx.find_root().params
-    if isinstance(disabled, list) and disabled:
-        names = [*map(str, disabled), *root["no_plugin"]]
-        plugins = discover(disabled=names, everything_off=root["no_plugins"])
-    else:
-        plugins = plugins_of(ctx)
-    together = [*listed, *enable] if isinstance(listed, list) else None
     return start(
         settings,
         set=assignments,
-        enable=together if enable else None,
+        enable=[*names(values, "enable"), *enable] if enable else None,
         folder=folder,
         resume=resume,
-        plugins=plugins,
+        quiet=quiet,
+        plugins=discover(
+            disabled=[*names(values, "disable"), *root["no_plugin"]],
+            everything_off=root["no_plugins"],
+        ),
     )

@@ -87,10 +87,12 @@ def run(
         known = f"known: {', '.join(names)}"
         raise CoreError(f"no recipe {recipe!r}{closest(recipe, names)}", fix=known)
     folder = out or Path("runs") / recipe
-    with make_run(ctx, settings, assignments, enable, folder=folder, resume=resume) as started:
+    with make_run(
+        ctx, settings, assignments, enable, folder=folder, resume=resume, quiet=False
+    ) as started:
         _claim(started, overwrite)
         started.write_description()
-        started.tell(f"run in {folder}; " + _plan_line(started))
+        started.tell(f"run in {folder}")
         results = offered[recipe].main(started)
         started.checkpoints.wait()
         if started.is_main:
@@ -145,12 +147,6 @@ def _claim(run: Run, overwrite: bool) -> None:
     if any(run.ranks.gather(problem)):
         fix = "pass --resume to go on, --overwrite to start anew, or another --out"
         raise CoreError(problem or "rank 0 refused the folder", fix=fix)
-
-
-def _plan_line(run: Run) -> str:
-    chosen = run.checkpoints.format()
-    ids = ", ".join(run.plan.ids) or "no transforms"
-    return f"plan: {ids}; checkpoints: {chosen.value.name}, {chosen.why}"
 
 
 def _show(results: Mapping[str, Any], as_json: bool) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from core.contributions import StepEnded
+from core.events import StepEnded
 from core.run import Run
 
 

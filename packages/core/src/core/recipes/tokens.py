@@ -51,7 +51,7 @@ def prepare(run: Run, wanted: TrainSettings) -> Data:
     data = Data(
         tokenizer,
         _sequences(tokenizer, training, wanted.sequence_length),
-        _sequences(tokenizer, held_out, wanted.sequence_length)[: wanted.evaluate_sequences],
+        _spread(_sequences(tokenizer, held_out, wanted.sequence_length), wanted.evaluate_sequences),
     )
     if len(data.training) < wanted.batch_size or len(data.held_out) == 0:
         raise DataError(
@@ -162,3 +162,10 @@ def _sequences(tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:
     flat = np.concatenate([np.asarray([*ids, *end], dtype=np.int64) for ids in encoded])
     whole = len(flat) // length * length
     return torch.from_numpy(flat[:whole]).view(-1, length)
+
+
+def _spread(sequences: Tensor, count: int) -> Tensor:
+    """Keep ``count`` sequences, evenly spread over all documents."""
+    if len(sequences) <= count:
+        return sequences
+    return sequences[torch.linspace(0, len(sequences) - 1, count).long()]

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from core.contributions import BATCH, MODEL, StepEnded
+from core.contributions import BATCH, MODEL
 from core.errors import DataError
+from core.events import StepEnded
 from core.recipes.models import build_model
 from core.recipes.optim import build_optimizers, build_schedulers
 from core.recipes.parallel import clip, gradient_sync, mean_over_ranks, parallelize, unwrap

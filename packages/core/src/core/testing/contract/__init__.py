@@ -11,13 +11,16 @@ A check that does not apply to a plugin is skipped with its reason, never silent
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 from core.discovery import discover
 from core.errors import CoreError
@@ -98,7 +101,8 @@ def _outcome(subject: Subject, check: Check) -> Outcome:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ContractWarning)
         try:
-            check.run(subject)
+            with _one_thread():
+                check.run(subject)
         except Skip as skip:
             return Outcome(check, "skip", str(skip))
         except KeyboardInterrupt:
@@ -149,11 +153,27 @@ def suite(
         if check.name in reasons:
             pytest.skip(reasons[check.name])
         try:
-            check.run(subject())
+            with _one_thread():
+                check.run(subject())
         except Skip as reason:
             pytest.skip(str(reason))
 
     return test_contract
+
+
+@contextmanager
+def _one_thread() -> Generator[None]:
+    """Compute in one thread: for tiny models, several ones mostly wait for each other."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _area(area: str) -> tuple[Check, ...]:

@@ -19,6 +19,7 @@ import sys  # noqa: E402
 import threading  # noqa: E402
 import traceback  # noqa: E402
 from collections.abc import Iterator, Mapping  # noqa: E402
+from functools import partial  # noqa: E402
 from importlib import import_module  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
@@ -47,11 +48,13 @@ def report_import(target: str) -> Report:
     """Import a plugin and say what that cost and changed."""
     for name in ("core.contributions", "core.discovery", "click"):
         import_module(name)
-    environment, threads = dict(os.environ), _threads()
+    changed: set[str] = set()
+    # Not by comparing: whoever asks may have imported the plugin, and handed its changes down.
+    sys.addaudithook(partial(_note_environment, changed))
+    threads = _threads()
     started = time.process_time()
     load(target)
     seconds = time.process_time() - started
-    changed = {k for k in {*environment, *os.environ} if environment.get(k) != os.environ.get(k)}
     return {
         "interpreter": STARTED,
         "seconds": seconds,
@@ -148,6 +151,11 @@ def _registered() -> set[str]:
         if module in sys.modules:
             found |= {f"{table}[{key!r}]" for key in getattr(sys.modules[module], table)}
     return found
+
+
+def _note_environment(changed: set[str], event: str, args: tuple[Any, ...]) -> None:
+    if event in ("os.putenv", "os.unsetenv"):
+        changed.add(os.fsdecode(args[0]))
 
 
 def _threads() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +89,9 @@ def read(
         # First alone: dcp.load logs what this raises, and raises something else.
         fmt.reader(path, run).read_metadata()
         reader = fmt.reader(path, run)
-        load(found, storage_reader=reader, planner=SafeLoadPlanner(), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            load(found, storage_reader=reader, planner=SafeLoadPlanner(), no_dist=True)
     except (Exception, CheckpointException) as error:
         raise _clear(error, f"reading as {fmt.name!r}") from error
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,21 +14,19 @@ from core.contributions import EngineType
 from core.engines import Engine, Request, Sampling, Token, generate
 from core.errors import CoreError
 from core.testing import tiny
+from core.testing.contract.answers import NEW, Ids, prompts_for, reference
 from core.testing.contract.check import Skip, checks_of, require
 from core.testing.contract.subject import Subject
 
-_NEW = 16
-_MARGIN = 1e-2
 _OTHER = 7
-_GREEDY = Sampling(max_new_tokens=_NEW)
-_DRAWN = Sampling(max_new_tokens=_NEW, temperature=1.0, seed=3)
-Ids = list[int]
+_GREEDY = Sampling(max_new_tokens=NEW)
+_DRAWN = Sampling(max_new_tokens=NEW, temperature=1.0, seed=3)
 
 
 def greedy(subject: Subject) -> None:
     """Greedy answers are those of model.generate, token for token."""
     for engine_type, build in _pairs(subject):
-        model, prompts = build(), _prompts(build)
+        model, prompts = build(), prompts_for(build)
         with _engine(subject, engine_type, model) as engine:
             found = [list(c.ids) for c in generate(engine, prompts, _GREEDY)]
         for prompt, ids in zip(prompts, found, strict=True):
@@ -38,7 +36,7 @@ def greedy(subject: Subject) -> None:
 def live_weights(subject: Subject) -> None:
     """The engine runs on the live module: changed weights change the next tokens."""
     for engine_type, build in _pairs(subject):
-        model, other, prompt = build(), build(seed=_OTHER), _prompts(build)[0]
+        model, other, prompt = build(), build(seed=_OTHER), prompts_for(build)[0]
         with _engine(subject, engine_type, model) as engine:
             generate(engine, [prompt], _GREEDY)
             with torch.no_grad():
@@ -54,7 +52,7 @@ def live_weights(subject: Subject) -> None:
 def load_weights(subject: Subject) -> None:
     """load_weights() replaces by name, raises the version, and refuses the unknown unchanged."""
     for engine_type, build in _pairs(subject):
-        model, other, prompt = build(), build(seed=_OTHER), _prompts(build)[0]
+        model, other, prompt = build(), build(seed=_OTHER), prompts_for(build)[0]
         with _engine(subject, engine_type, model) as engine:
             before = generate(engine, [prompt], _GREEDY)[0]
             name, weight = next(iter(other.named_parameters()))
@@ -78,7 +76,7 @@ def load_weights(subject: Subject) -> None:
 def refuses(subject: Subject) -> None:
     """Empty prompts, unknown token ids and too long requests are refused, and harm nobody."""
     for engine_type, build in _pairs(subject):
-        model, prompt = build(), _prompts(build)[0]
+        model, prompt = build(), prompts_for(build)[0]
         longest = Sampling(max_new_tokens=10_000)
         bad = {
             "an empty prompt": Request(prompt=[]),
@@ -98,7 +96,7 @@ def refuses(subject: Subject) -> None:
 def cancel(subject: Subject) -> None:
     """A cancelled request ends with the reason 'cancelled'; the others go on undisturbed."""
     for engine_type, build in _pairs(subject):
-        model, prompts = build(), _prompts(build)
+        model, prompts = build(), prompts_for(build)
         with _engine(subject, engine_type, model) as engine:
             first, second = (engine.add(Request(prompt=p, sampling=_GREEDY)) for p in prompts[:2])
             made = [*engine.step(), *engine.step()]
@@ -115,11 +113,11 @@ def cancel(subject: Subject) -> None:
 def stops(subject: Subject) -> None:
     """A stop id ends the answer, is its last token, and nothing comes after it."""
     for engine_type, build in _pairs(subject):
-        model, prompt = build(), _prompts(build)[0]
+        model, prompt = build(), prompts_for(build)[0]
         wanted = reference(build, prompt)
         stop = next(i for i in wanted[2:] if i not in wanted[:2])
         expected = wanted[: wanted.index(stop) + 1]
-        sampling = Sampling(max_new_tokens=_NEW, stop_ids=(stop,))
+        sampling = Sampling(max_new_tokens=NEW, stop_ids=(stop,))
         with _engine(subject, engine_type, model) as engine:
             (found,) = generate(engine, [prompt], sampling)
             idle = engine.step()
@@ -131,7 +129,7 @@ def stops(subject: Subject) -> None:
 def sampled(subject: Subject) -> None:
     """Drawn tokens depend on the request and its seed, not on what else is in the batch."""
     for engine_type, build in _pairs(subject):
-        model, prompts = build(), _prompts(build)
+        model, prompts = build(), prompts_for(build)
         with _engine(subject, engine_type, model) as engine:
             alone = generate(engine, prompts[:1], _DRAWN)[0]
             together = generate(engine, prompts, _DRAWN)[0]
@@ -143,7 +141,7 @@ def sampled(subject: Subject) -> None:
 def two_at_once(subject: Subject) -> None:
     """Two engines on one model, stepped in turn, do not disturb each other."""
     for engine_type, build in _pairs(subject):
-        model, prompts = build(), _prompts(build)
+        model, prompts = build(), prompts_for(build)
         with (
             _engine(subject, engine_type, model) as one,
             _engine(subject, engine_type, model) as two,
@@ -152,7 +150,7 @@ def two_at_once(subject: Subject) -> None:
             for engine, prompt in zip(engines, prompts, strict=False):
                 engine.add(Request(prompt=prompt, sampling=_GREEDY))
             made: list[list[Token]] = [[], []]
-            for _ in range(4 * _NEW):
+            for _ in range(4 * NEW):
                 for tokens, engine in zip(made, engines, strict=True):
                     tokens.extend(engine.step())
         for tokens, prompt in zip(made, prompts, strict=False):
@@ -166,49 +164,13 @@ def restores(subject: Subject) -> None:
         model = build().train()
         before, logits = _state(model), _logits(model)
         engine = _build(subject, engine_type, model)
-        generate(engine, _prompts(build)[:1], _GREEDY)
+        generate(engine, prompts_for(build)[:1], _GREEDY)
         engine.close()
         after = _state(model)
         changed = [what for what in before if before[what] != after[what]]
         require(not changed, f"close() of {engine_type.name!r} leaves {', '.join(changed)} changed")
         same = torch.equal(logits, _logits(model))
         require(same, f"the model computes something else after close() of {engine_type.name!r}")
-
-
-def reference(build: Callable[..., nn.Module], prompt: Ids, *, seed: int = 0) -> Ids:
-    """What transformers generates greedily with a model that no engine has touched."""
-    return list(_reference(build, tuple(prompt), seed))
-
-
-@cache
-def _reference(build: Callable[..., nn.Module], prompt: tuple[int, ...], seed: int) -> Ids:
-    model: Any = build(seed=seed)
-    ids = torch.tensor([prompt])
-    mask = torch.ones_like(ids)
-    made = model.generate(ids, attention_mask=mask, max_new_tokens=_NEW, do_sample=False)
-    return [int(i) for i in made[0, len(prompt) :]]
-
-
-@cache
-def _prompts(build: Callable[..., nn.Module]) -> list[Ids]:
-    """Prompts whose greedy answers are clear: no near tie that another order of sums may flip."""
-    found: list[Ids] = []
-    for seed in range(100):
-        for prompt in tiny.prompts(seed=seed)[len(found) :]:
-            if not _is_clear(build, prompt):
-                break
-            found.append(prompt)
-        if len(found) == len(tiny.prompts()):
-            return found
-    raise AssertionError(f"no clear prompts for {build.__name__}")
-
-
-def _is_clear(build: Callable[..., nn.Module], prompt: Ids) -> bool:
-    model, answer = build(), reference(build, prompt)
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-    best = logits.topk(2).values
-    return bool((best[:, 0] - best[:, 1] > _MARGIN).all()) and len(set(answer)) > 10
 
 
 def _pairs(subject: Subject) -> list[tuple[EngineType, Callable[..., nn.Module]]]:
