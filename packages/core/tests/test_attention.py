@@ -25,10 +25,11 @@ from core.contributions import MODEL, Phase
 from core.errors import ModelError, PluginError
 from core.plan import Plan
 from core.plugins import Contributed
-from core.positions import ModelPositions, positions
+from core.positions.install import positions
+from core.positions.policy import ModelPositions
+from core.positions.tokens import Tokens
 from core.softmax import attend
-from core.testing.families import build as build_family
-from core.tokens import Tokens
+from core.testing.tiny import build as build_family
 
 
 def build(family: str = "Llama", **changes: Any) -> Any:

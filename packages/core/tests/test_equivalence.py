@@ -19,7 +19,7 @@ from core.equivalence import (
     require_equivalent,
 )
 from core.errors import ModelError
-from core.testing.families import build as build_family
+from core.testing.tiny import build as build_family
 
 
 def build(family: str = "Llama", head: str = "", **changes: Any) -> Any:

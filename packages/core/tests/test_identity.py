@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from core.identity import CacheIdentity
-from core.positions import ModelPositions
+from core.positions.policy import ModelPositions
 
 # Few letters, so that boundaries between strings matter and equal ones occur.
 TEXT = st.text("ab=,\x00", max_size=3)

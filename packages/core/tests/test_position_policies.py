@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import ModelError
-from core.positions import ModelPositions, Positions, positions, positions_transform
-from core.rotary import Rotary
-from core.testing.families import build as build_family, left_padded as prompts
-from core.tokens import RequestState, Tokens
+from core.positions.install import positions, positions_transform
+from core.positions.policy import ModelPositions, Positions
+from core.positions.rotary import Rotary
+from core.positions.tokens import RequestState, Tokens
+from core.testing.tiny import build as build_family, left_padded as prompts
 
 LONGROPE = {
     "rope_type": "longrope",

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.positions import ModelPositions, positions, unrotated
-from core.testing.families import build as build_family, left_padded as prompts
-from core.tokens import Tokens
+from core.positions.install import positions, unrotated
+from core.positions.policy import ModelPositions
+from core.positions.tokens import Tokens
+from core.testing.tiny import build as build_family, left_padded as prompts
 
 WINDOW = {"sliding_window": 6}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]

@@ -8,8 +8,9 @@ import pytest
 import transformers
 
 from core.errors import ModelError
-from core.positions import ModelPositions, positions
-from core.testing.families import build as build_family, left_padded as prompts
+from core.positions.install import positions
+from core.positions.policy import ModelPositions
+from core.testing.tiny import build as build_family, left_padded as prompts
 
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 

@@ -45,7 +45,7 @@ _PUBLIC = {
     "core.hooks": ("API", "Hooks", "hookimpl", "implements", "override"),
     "core.identity": ("CacheIdentity",),
     "core.plan": ("Plan",),
-    "core.positions": ("ModelPositions", "Positions"),
+    "core.positions.policy": ("ModelPositions", "Positions"),
     "core.run": ("Run", "start"),
     "core.storage": ("ByteSink", "ByteSource"),
 }
@@ -120,6 +120,6 @@ if TYPE_CHECKING:
     )
     from core.identity import CacheIdentity as CacheIdentity
     from core.plan import Plan as Plan
-    from core.positions import ModelPositions as ModelPositions, Positions as Positions
+    from core.positions.policy import ModelPositions as ModelPositions, Positions as Positions
     from core.run import Run as Run, start as start
     from core.storage import ByteSink as ByteSink, ByteSource as ByteSource

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from core.contributions import MODEL, Phase, Transform
 from core.equivalence import decoder, record, require_calls, require_equivalent
 from core.errors import CoreError, ModelError, PluginError
-from core.rotation import in_force
+from core.positions.rotation import in_force
 
 if TYPE_CHECKING:
     from core.run import Run

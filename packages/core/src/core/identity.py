@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from core.positions import Positions
+    from core.positions.policy import Positions
 
 Pairs = tuple[tuple[str, str], ...]
 

@@ -89,7 +89,8 @@ class Plugins:
         """Call one hook of every active plugin and return what they contribute, in plugin order.
 
         Example:
-            >>> engines = core.discover().collect(Hooks.core_engines)
+            >>> from core import discover
+            >>> engines = discover().collect(Hooks.core_engines)
             >>> [found.plugin for found in engines][0]
             'core'
 

@@ -6,7 +6,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -97,7 +97,7 @@ def _torch_save(state: dict[str, Any], path: Path) -> None:
 
 
 @contextmanager
-def _stopwatch(seconds: list[float]) -> Iterator[None]:
+def _stopwatch(seconds: list[float]) -> Generator[None]:
     began = time.perf_counter()
     yield
     seconds.append(time.perf_counter() - began)

@@ -11,7 +11,7 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -74,6 +74,7 @@ class ByteSource(Protocol):
 
     def size(self, name: str) -> int:
         """Size of the file ``name`` in bytes."""
+        ...
 
     def read_into(self, name: str, offset: int, buffer: bytearray | memoryview) -> None:
         """Fill ``buffer`` from byte ``offset`` on.
@@ -229,7 +230,7 @@ def plain_name(name: str) -> str:
 
 
 @contextmanager
-def disk_errors(what: str) -> Iterator[None]:
+def disk_errors(what: str) -> Generator[None]:
     """Turn an ``OSError`` into a :class:`CheckpointError` that says what was being done."""
     try:
         yield

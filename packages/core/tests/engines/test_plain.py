@@ -14,7 +14,7 @@ from core.engines import Sampling, generate
 from core.engines.plain import PlainEngine
 from core.engines.sampling import draw
 from core.settings import check
-from core.testing.families import build
+from core.testing.tiny import build
 
 PROMPTS = [[5, 9, 17, 3], [8], [40, 2, 2, 61, 7, 30, 1]]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ def slow_trigram(training: list[list[int]], held: list[list[int]], size: int) ->
     )
     for row in training:
         unigram.update(row)
-        bigram.update(zip(row, row[1:], strict=False))
+        bigram.update(pairwise(row))
         trigram.update(zip(row, row[1:], row[2:], strict=False))
 
     def backed(

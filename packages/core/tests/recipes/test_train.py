@@ -19,7 +19,7 @@ from core.integrations.transformers import CoreCallback
 from core.plugins import Plugin, Plugins, State
 from core.recipes.models import build_model, load_model
 from core.recipes.train import train_model
-from core.testing.families import build
+from core.testing.tiny import build
 
 TINY = {
     "model": "small:tiny",

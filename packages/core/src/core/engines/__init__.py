@@ -108,12 +108,14 @@ class Engine(Protocol):
         Raises:
             EngineError: for a prompt that is empty, too long, or holds unknown token ids.
         """
+        ...
 
     def cancel(self, request: int) -> None:
         """End a request with the finish reason ``cancelled``; unknown ids are fine."""
 
     def step(self) -> list[Token]:
         """Run the model once, and return the tokens it made; empty when there is nothing to do."""
+        ...
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Replace weights by name and raise the version that tokens carry.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
     from core.run import Run
@@ -34,12 +35,12 @@ def parallelize(model: nn.Module, run: Run, how: str) -> nn.Module:
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The repeated layers of a model: those transformers names as not to be split."""
-    names = set(getattr(model, "_no_split_modules", None) or ())
+    names: Collection[str] = getattr(model, "_no_split_modules", None) or ()
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
 @contextmanager
-def gradient_sync(model: nn.Module, wanted: bool) -> Iterator[None]:
+def gradient_sync(model: nn.Module, wanted: bool) -> Generator[None]:
     """Exchange gradients only in the last backward pass of an optimizer step."""
     if isinstance(model, nn.parallel.DistributedDataParallel) and not wanted:
         with model.no_sync():
@@ -64,7 +65,7 @@ def mean_over_ranks(value: Tensor, run: Run) -> float:
 def clip(model: nn.Module, norm: float) -> float:
     """Clip the gradient to ``norm`` (0 leaves it) and return its norm before that."""
     found = torch.nn.utils.clip_grad_norm_(model.parameters(), norm or float("inf"))
-    return float(found.full_tensor() if hasattr(found, "full_tensor") else found)
+    return float(found.full_tensor() if isinstance(found, DTensor) else found)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -24,13 +24,13 @@ class TrainSettings(Settings):
     """Text files, JSON lines files with a ``text`` field, folders of them, or ``stdlib`` for the
     Python sources of the running interpreter."""
 
-    text_bytes: Annotated[int, Ge(0)] = 3_000_000
+    text_bytes: Annotated[int, Ge(0)] = 2_000_000
     """Training text is cut after this many bytes; 0 takes all of it."""
 
     tokenizer: str = "auto"
     """Folder or ``tokenizer.json`` to use; ``auto`` takes the model folder's own, or trains one."""
 
-    vocabulary: Annotated[int, Ge(257)] = 1024
+    vocabulary: Annotated[int, Ge(257)] = 2048
     """Size of a tokenizer that is trained here."""
 
     held_out: Annotated[float, Gt(0), Lt(1)] = 0.05
@@ -45,7 +45,7 @@ class TrainSettings(Settings):
     accumulate: Annotated[int, Ge(1)] = 1
     """Forward and backward passes in an optimizer step."""
 
-    steps: Annotated[int, Ge(1)] = 700
+    steps: Annotated[int, Ge(1)] = 800
     """Optimizer steps."""
 
     optimizer: Literal["adamw", "muon"] = "muon"

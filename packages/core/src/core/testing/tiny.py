@@ -1,4 +1,4 @@
-"""Tiny decoders built from configurations: real architectures in a few milliseconds.
+"""Tiny models of any family that transformers knows: real architectures in a few milliseconds.
 
 Their weights are far larger than transformers would draw them, so that greedy decoding visits many
 different tokens and every mistake shows in the logits. Embeddings are not tied.
@@ -14,60 +14,116 @@ import torch
 if TYPE_CHECKING:
     from torch import nn
 
-VOCABULARY = 128
-"""Number of token ids of every tiny model."""
-
 SPREAD = 0.25
-"""Standard deviation of every weight matrix."""
+"""Standard deviation of every weight matrix: a text of one repeated token proves nothing."""
+
+VOCABULARY = 96
+"""Number of token ids of every tiny model."""
 
 _SHAPE: Mapping[str, Any] = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
-    "initializer_range": SPREAD,
     "tie_word_embeddings": False,
     "pad_token_id": 0,
-    "bos_token_id": None,
+    "bos_token_id": 1,
     "eos_token_id": None,
 }
 
+# What a family needs besides, or says in words of its own.
+_NEEDS: Mapping[str, Mapping[str, Any]] = {
+    "CodeGen": {"rotary_dim": 4},
+    "DeepseekV3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+        "n_routed_experts": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 8,
+        "first_k_dense_replace": 3,
+    },
+    "GPTJ": {"rotary_dim": 4},
+    "GPTNeoX": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        }
+    },
+    "Gemma3Text": {"head_dim": 8},
+    "Glm4": {"head_dim": 8},
+    "GptOss": {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "Mpt": {"d_model": 32, "n_heads": 4, "n_layers": 3},
+    "OPT": {"ffn_dim": 32, "word_embed_proj_dim": 32},
+    "Qwen3": {"head_dim": 8},
+    "T5": {"num_layers": 3, "d_kv": 8, "num_heads": 4, "d_model": 32},
+}
+_HEADS = {"GPT2": "LMHeadModel", "T5": "ForConditionalGeneration"}
 
-def llama(seed: int = 0, **overrides: Any) -> nn.Module:
-    """Build a tiny Llama; ``overrides`` are configuration fields.
+
+def build(family: str, head: str = "", seed: int = 0, **changes: Any) -> nn.Module:
+    """Build a tiny model in evaluation mode; random state is left as it was.
+
+    Args:
+        family: prefix of the configuration class, such as ``"Llama"`` or ``"GPTNeoX"``.
+        head: suffix of the model class; the language model by default, ``"Model"`` without head.
+        seed: seed of the weights.
+        changes: configuration fields.
 
     Example:
-        >>> model = llama(num_hidden_layers=1)
-        >>> model.config.vocab_size
-        128
+        >>> type(build("Phi3", num_hidden_layers=1)).__name__
+        'Phi3ForCausalLM'
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
-    return _build(LlamaForCausalLM, LlamaConfig, seed, overrides)
+    fields = {**_SHAPE, **_NEEDS.get(family, {}), **changes}
+    config = getattr(transformers, f"{family}Config")(**fields)
+    kind = f"{family.removesuffix('Text')}{head or _HEADS.get(family, 'ForCausalLM')}"
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model: nn.Module = getattr(transformers, kind)(config)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=SPREAD)
+    return model.eval()
 
 
-def phi3(seed: int = 0, **overrides: Any) -> nn.Module:
+def left_padded(length: int = 14, padding: int = 5) -> dict[str, torch.Tensor]:
+    """Make two rows of token ids, the second padded on the left, with their mask."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, VOCABULARY, (2, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def llama(seed: int = 0, **changes: Any) -> nn.Module:
+    """Build a tiny Llama; ``changes`` are configuration fields."""
+    return build("Llama", seed=seed, **changes)
+
+
+def phi3(seed: int = 0, **changes: Any) -> nn.Module:
     """Build a tiny Phi-3, with fused projections of queries, keys and values."""
-    from transformers import Phi3Config, Phi3ForCausalLM
-
-    return _build(Phi3ForCausalLM, Phi3Config, seed, overrides)
+    return build("Phi3", seed=seed, **changes)
 
 
-def qwen3(seed: int = 0, **overrides: Any) -> nn.Module:
-    """Build a tiny Qwen 3, with normalized queries and keys and a head size of its own."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    return _build(Qwen3ForCausalLM, Qwen3Config, seed, {"head_dim": 32, **overrides})
+def qwen3(seed: int = 0, **changes: Any) -> nn.Module:
+    """Build a tiny Qwen 3, with normalized queries and keys."""
+    return build("Qwen3", seed=seed, **changes)
 
 
-def mistral(seed: int = 0, **overrides: Any) -> nn.Module:
+def mistral(seed: int = 0, **changes: Any) -> nn.Module:
     """Build a tiny Mistral with a sliding window of 16 tokens."""
-    from transformers import MistralConfig, MistralForCausalLM
-
-    return _build(MistralForCausalLM, MistralConfig, seed, {"sliding_window": 16, **overrides})
+    return build("Mistral", seed=seed, **{"sliding_window": 16, **changes})
 
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = {
@@ -91,10 +147,3 @@ def batch(seed: int = 0, rows: int = 2, length: int = 24) -> dict[str, torch.Ten
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, VOCABULARY, (rows, length), generator=generator)
     return {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
-
-
-def _build(model: Any, config: Any, seed: int, overrides: Mapping[str, Any]) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        built: nn.Module = model(config(**{**_SHAPE, **overrides}))
-    return built.eval()

@@ -11,8 +11,8 @@ from core.contributions import MODEL, Transform
 from core.equivalence import decoder, record, require_calls, require_equivalent
 from core.errors import CoreError, ModelError
 from core.identity import CacheIdentity
-from core.positions import Positions
-from core.rotation import in_force
+from core.positions.policy import Positions
+from core.positions.rotation import in_force
 from core.testing import tiny
 from core.testing.contract.check import Skip, checks_of, require
 from core.testing.contract.subject import Subject
@@ -98,7 +98,7 @@ def _policy(model: nn.Module, transform: Transform[nn.Module]) -> Positions:
     if rotation is None:
         raise AssertionError(
             f"{transform.name!r} claims positions, and no policy is in force; "
-            "make it with core.positions.positions_transform"
+            "make it with core.positions.install.positions_transform"
         )
     return rotation.policy
 

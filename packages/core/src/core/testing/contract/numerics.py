@@ -9,7 +9,8 @@ import torch
 from core.equivalence import decoder_layers, record, require_equivalent
 from core.errors import ModelError
 from core.identity import CacheIdentity
-from core.positions import ModelPositions, positions
+from core.positions.install import positions
+from core.positions.policy import ModelPositions
 from core.softmax import Partial, attend, merge
 from core.testing import tiny
 from core.testing.contract.check import Skip, checks_of, require

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.rotary import Rotary
+from core.positions.rotary import Rotary
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The rotation in force on a model: where its tokens stand, and the policy applied to them.
 
-A model whose rotary embedding was replaced by :class:`~core.rotary.Unrotated` hands queries and
+A model whose rotary embedding was replaced by :class:`~core.positions.rotary.Unrotated` hands queries and
 keys over as they were projected, and keeps such keys in its cache. What is here remembers the
 positions of the cached keys, batch by batch, and lets the policy rotate right before attention.
 """
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import ModelError
-from core.rotary import Rotary
-from core.tokens import RequestState, Tokens
+from core.positions.rotary import Rotary
+from core.positions.tokens import RequestState, Tokens
 
 if TYPE_CHECKING:
-    from core.positions import Positions
+    from core.positions.policy import Positions
 
 _MARK = "_core_rotation"
 
