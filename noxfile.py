@@ -20,6 +20,8 @@ DIST = ROOT / "dist"
 
 # uv does not read pip's variable; with this line both find the wheels of a local folder.
 os.environ.setdefault("UV_FIND_LINKS", ",".join(os.environ.get("PIP_FIND_LINKS", "").split()))
+# Many tests start processes of their own, and torch compiled anew in each would take most of the time.
+os.environ.setdefault("UV_COMPILE_BYTECODE", "1")
 
 nox.needs_version = ">=2025.5"
 nox.options.default_venv_backend = "uv|virtualenv"

@@ -34,14 +34,14 @@ class CacheIdentity:
         positions_digest: the policy's own digest; see :meth:`with_positions`.
         regime: which set of rotary frequencies is in force, where a model has several.
         modality: rules by modality, such as ``{"image": "bidirectional"}``.
-        extras: anything else, by names that its owner makes unique: ``{"fp6.bits": "6"}``.
+        extras: anything else, by names that its owner makes unique: ``{"hello.depth": "6"}``.
 
     Raises:
         TypeError: for a value that is not a string.
 
     Example:
-        >>> first = CacheIdentity(weights="step-40", extras={"kv": "bf16", "fp6.bits": "6"})
-        >>> same = CacheIdentity(weights="step-40", extras={"fp6.bits": "6", "kv": "bf16"})
+        >>> first = CacheIdentity(weights="step-40", extras={"kv": "bf16", "hello.depth": "6"})
+        >>> same = CacheIdentity(weights="step-40", extras={"hello.depth": "6", "kv": "bf16"})
         >>> first.salt() == same.salt()
         True
         >>> first.salt() == CacheIdentity(weights="step-41", extras=first.extras).salt()

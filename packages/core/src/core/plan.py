@@ -189,11 +189,13 @@ def _refuse_twice(stage: Stage[Any], subject: object, found: Found) -> None:
 
 
 def _remember(stage: Stage[Any], old: object, new: object, found: Found) -> None:
+    """Note it for the subject and for its replacement, which may wrap the changed subject."""
     done = [*_applied.get((stage.name, id(old)), ()), found.id]
-    key = (stage.name, id(new))
-    try:
-        if key not in _applied:
-            weakref.finalize(new, _applied.pop, key, None)
-    except TypeError:
-        return
-    _applied[key] = done
+    for subject in (old, new):
+        key = (stage.name, id(subject))
+        try:
+            if key not in _applied:
+                weakref.finalize(subject, _applied.pop, key, None)
+        except TypeError:
+            continue
+        _applied[key] = done

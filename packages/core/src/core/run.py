@@ -228,9 +228,9 @@ def start(
 
     Args:
         file: a TOML settings file.
-        enable: plugins (``"fp6"``) or single transforms (``"fp6.linear"``) that may change models;
+        enable: plugins (``"hello"``) or single transforms (``"hello.freeze"``) that may change models;
             replaces the file's list.
-        set: assignments such as ``"fp6.bits=5"``.
+        set: assignments such as ``"hello.depth=5"``.
         folder: where the run keeps its files.
         resume: let recipes go on from the newest checkpoint of ``folder``.
         quiet: do not print the plan and what is chosen.

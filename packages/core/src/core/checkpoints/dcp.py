@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.filesystem import (
     DEFAULT_SUFFIX,
     FileSystemReader,
     FileSystemWriter,
-    _StorageInfo,
+    _StorageInfo,  # pyright: ignore[reportPrivateUsage] # stock readers unpickle this class
 )
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import (

@@ -244,10 +244,12 @@ class Checkpoints:
             lambda f: "" if f.reader else "it cannot be read",
         ).value
         assert chosen.reader is not None
+        reader = chosen.reader(folder, self.run)
+        reader.read_metadata()  # refuses what is damaged or hostile before DCP logs tracebacks
         try:
             load(
                 tensors,
-                storage_reader=chosen.reader(folder, self.run),
+                storage_reader=reader,
                 planner=SafeLoadPlanner(),
                 process_group=self.run.ranks.cpu_group,
                 no_dist=self.run.world_size == 1,

@@ -31,8 +31,8 @@ def check(
 
     \b
     Example:
-      core check fp6
-      core check fp6 --only metadata --only imports --json
+      core check hello
+      core check hello --only metadata --only imports --json
       core check --list
     """
     from core.testing import contract

@@ -33,7 +33,7 @@ def convert(
 
     \b
     Example:
-      core convert runs/quickstart/checkpoints/step-00000700 exported --to safetensors
+      core convert runs/quickstart/checkpoints/step-00000800 exported --to safetensors
     """
     from core.checkpoints.convert import execute, plan
 

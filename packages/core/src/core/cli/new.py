@@ -46,7 +46,7 @@ def new(name: str, path: Path) -> None:
     click.echo("Next:")
     for line in (
         f"cd {folder}",
-        "pip install -e . --group test",
+        "pip install -e . pytest hypothesis",
         "core plugins",
         f"core check {plugin}",
         f"core plan --enable {plugin}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,20 +11,13 @@ import click
 from core.discovery import discover
 
 if TYPE_CHECKING:
+    from core.plugins import Plugins
     from core.run import Run
+    from core.settings import Values
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What the user said about the run."""
-
-    settings: Path | None
-    assignments: tuple[str, ...]
-    enable: tuple[str, ...]
 
 
 def run_options(command: F) -> F:
@@ -71,7 +63,6 @@ def make_run(
     from core.settings import gather, names
 
     values = gather(settings, assignments=assignments)
-    root = ctx.find_root().params
     return start(
         settings,
         set=assignments,
@@ -79,8 +70,16 @@ def make_run(
         folder=folder,
         resume=resume,
         quiet=quiet,
-        plugins=discover(
-            disabled=[*names(values, "disable"), *root["no_plugin"]],
-            everything_off=root["no_plugins"],
-        ),
+        plugins=plugins_for(ctx, values),
+    )
+
+
+def plugins_for(ctx: click.Context, values: Values) -> Plugins:
+    """The plugins as the options of the command line and the list in the settings left them."""
+    from core.settings import names
+
+    root = ctx.find_root().params
+    return discover(
+        disabled=[*names(values, "disable"), *root["no_plugin"]],
+        everything_off=root["no_plugins"],
     )

@@ -11,7 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from core.cli import plugins_of
-from core.cli.options import as_json, make_run, run_options
+from core.cli.options import as_json, make_run, plugins_for, run_options
 from core.cli.table import echo_json, echo_table
 from core.contributions import Recipe
 from core.errors import CoreError, closest
@@ -29,11 +29,14 @@ def recipes(plugins: Plugins) -> dict[str, Recipe]:
         CoreError: when two plugins offer one name.
     """
     found: dict[str, Recipe] = {}
+    owner: dict[str, str] = {}
     for contributed in plugins.collect_safely(Hooks.core_recipes):
-        if isinstance(contributed.value, Recipe):
-            if contributed.value.name in found:
-                raise CoreError(f"two plugins offer the recipe {contributed.value.name!r}")
-            found[contributed.value.name] = contributed.value
+        recipe = contributed.value
+        if isinstance(recipe, Recipe):
+            if recipe.name in found:
+                both = f"{owner[recipe.name]} and {contributed.plugin}"
+                raise CoreError(f"{both} both offer the recipe {recipe.name!r}", fix="disable one")
+            found[recipe.name], owner[recipe.name] = recipe, contributed.plugin
     return found
 
 
@@ -78,9 +81,15 @@ def run(
       core run train --set train.text=["notes/"] --out runs/notes
       torchrun --nproc-per-node 2 -m core run train --out runs/two-ranks
     """
-    offered = recipes(plugins_of(ctx))
+    from core.settings import gather
+
+    offered = recipes(plugins_for(ctx, gather(settings, assignments=assignments)))
     if recipe is None:
-        echo_table(("RECIPE", "WHAT"), [(name, r.summary) for name, r in sorted(offered.items())])
+        rows = [(name, r.summary) for name, r in sorted(offered.items())]
+        if as_json:
+            echo_json([{"name": name, "summary": summary} for name, summary in rows])
+        else:
+            echo_table(("RECIPE", "WHAT"), rows)
         return
     if recipe not in offered:
         names = sorted(offered)
@@ -114,7 +123,7 @@ def plan(
 
     \b
     Example:
-      core plan --enable fp6 --set fp6.bits=5
+      core plan --enable hello --set hello.name=you
     """
     with make_run(ctx, settings, assignments, enable) as started:
         described = started.describe()

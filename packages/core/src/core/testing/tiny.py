@@ -123,7 +123,8 @@ def qwen3(seed: int = 0, **changes: Any) -> nn.Module:
 
 def mistral(seed: int = 0, **changes: Any) -> nn.Module:
     """Build a tiny Mistral with a sliding window of 16 tokens."""
-    return build("Mistral", seed=seed, **{"sliding_window": 16, **changes})
+    changes.setdefault("sliding_window", 16)
+    return build("Mistral", seed=seed, **changes)
 
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = {

@@ -20,9 +20,9 @@ def dumps(tree: Mapping[str, Any]) -> str:
         TypeError: for a value that TOML cannot hold, such as ``None``.
 
     Example:
-        >>> print(dumps({"enable": ["fp6"], "fp6": {"bits": 6, "skip": ["head"]}}), end="")
-        "enable" = ["fp6"]
-        ["fp6"]
+        >>> print(dumps({"enable": ["hello"], "hello": {"bits": 6, "skip": ["head"]}}), end="")
+        "enable" = ["hello"]
+        ["hello"]
         "bits" = 6
         "skip" = ["head"]
     """
