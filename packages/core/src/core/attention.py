@@ -83,7 +83,7 @@ def attention(
 
     Example::
 
-        yield attention("core_fpdt", chunked_attention, lazy_mask)
+        yield attention("core_hello", chunked_attention, lazy_mask)
     """
     _check_name(name)
     apply = partial(
@@ -121,7 +121,7 @@ def register_attention(
 
     Example::
 
-        register_attention("core_fpdt", chunked_attention, lazy_mask)
+        register_attention("core_hello", chunked_attention, lazy_mask)
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as FUNCTIONS
@@ -158,7 +158,7 @@ def switch_attention(model: nn.Module, name: str) -> Callable[[], None]:
 
     Example::
 
-        undo = switch_attention(model, "core_fpdt")
+        undo = switch_attention(model, "core_hello")
         undo()
     """
     inner = _switchable(model)
@@ -181,7 +181,7 @@ def use_attention(model: nn.Module, name: str) -> Generator[None]:
 
     Example::
 
-        with use_attention(model, "core_fpdt"):
+        with use_attention(model, "core_hello"):
             model(tokens)
     """
     undo = switch_attention(model, name)
