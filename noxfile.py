@@ -78,7 +78,7 @@ def isolated(session: nox.Session, package: str) -> None:
 @nox.session
 def typecheck(session: nox.Session) -> None:
     """Check types with mypy and pyright."""
-    install_all(session, "types")
+    install_all(session, "test", "types")
     session.run("mypy")
     session.run("pyright")
 
