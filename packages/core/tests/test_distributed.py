@@ -112,7 +112,7 @@ def test_a_single_process_has_no_group() -> None:
     ranks = Ranks()
     ranks.join()
     ranks.require_same({"anything": object()})
-    assert (ranks.mesh, ranks.cpu_group, ranks.gather("x")) == (None, None, ["x"])
+    assert (ranks.mesh, ranks.new_cpu_group(), ranks.gather("x")) == (None, None, ["x"])
     ranks.leave()
 
 

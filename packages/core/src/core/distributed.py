@@ -88,23 +88,29 @@ class Ranks:
 
         return init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=("dp",))
 
-    @cached_property
-    def cpu_group(self) -> ProcessGroup | None:
-        """A gloo group of all ranks for checkpoints; all ranks must ask for it together."""
+    def new_cpu_group(self) -> ProcessGroup | None:
+        """A gloo group of all ranks of its own, for talking in another thread than the rest.
+
+        All ranks must ask for it together. ``None`` for a single process.
+        """
         if self.world_size == 1:
             return None
         import torch.distributed as dist
 
         return cast("ProcessGroup", dist.new_group(backend="gloo"))
 
+    @cached_property
+    def _group(self) -> ProcessGroup | None:
+        return self.new_cpu_group()
+
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's ``value``, in the order of ranks."""
+        """Every rank's ``value``, in the order of ranks; all ranks call it together."""
         if self.world_size == 1:
             return [value]
         import torch.distributed as dist
 
         everyone: list[Any] = [None] * self.world_size
-        dist.all_gather_object(everyone, value, group=self.cpu_group)
+        dist.all_gather_object(everyone, value, group=self._group)
         return everyone
 
     def require_same(self, facts: Mapping[str, Any]) -> None:

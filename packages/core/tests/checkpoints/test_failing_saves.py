@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -89,11 +91,11 @@ def test_the_failure_comes_before_the_next_step_of_a_foreign_loop(tmp_path: Path
 
 def test_the_failure_comes_at_the_wait_and_at_the_end(tmp_path: Path) -> None:
     with core.start(folder=tmp_path, plugins=with_formats(FULL)) as run:
-        with pytest.raises(core.CheckpointError, match="older checkpoints in .* are intact"):
-            run.save({"x": torch.zeros(1)}, 1).durable()
-        run.checkpoints._guard.release()
+        save = run.save({"x": torch.zeros(1)}, 1)
         with pytest.raises(core.CheckpointError, match="No space left"):
             run.checkpoints.wait()
+        with pytest.raises(core.CheckpointError, match=r"older checkpoints in .* are intact"):
+            save.durable()
     run = core.start(folder=tmp_path, plugins=with_formats(FULL))
     run.save({"x": torch.zeros(1)}, 1)
     with pytest.raises(core.CheckpointError, match="No space left"):
@@ -107,8 +109,6 @@ def test_the_checkpoint_before_a_failed_one_stays(tmp_path: Path) -> None:
         save = run.save({"x": torch.zeros(1)}, 2)
         with pytest.raises(core.CheckpointError):
             save.durable()
-        with pytest.raises(core.CheckpointError):
-            run.checkpoints.wait()
         x = torch.zeros(1)
         assert run.load({"x": x}).step == 1
         assert x.item() == 1
@@ -164,3 +164,31 @@ def test_training_waits_until_the_state_is_staged(tmp_path: Path) -> None:
     dcp.load(target, checkpoint_id=path)
     assert torch.equal(target["model.weight"], saved)
     shutil.rmtree(path)
+
+
+LIMITED = """
+import resource, sys
+import torch
+import core
+
+with core.start(folder=sys.argv[1], quiet=True) as run:
+    run.save({"x": torch.ones(4)}, 1).durable()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+    try:
+        run.save({"x": torch.ones(2**20)}, 2).durable()
+    except core.CheckpointError as error:
+        print(error)
+    x = torch.zeros(4)
+    print(run.load({"x": x}).step, x.tolist())
+print(sorted(p.name for p in run.checkpoints.directory.iterdir()))
+"""
+
+
+def test_a_disk_that_takes_no_more_loses_nothing(tmp_path: Path) -> None:
+    """A real refusal of the kernel, in the background thread, at the file-size limit."""
+    call = [sys.executable, "-W", "ignore", "-c", LIMITED, str(tmp_path)]
+    done = subprocess.run(call, capture_output=True, text=True, check=True)
+    *error, loaded, found = done.stdout.splitlines()
+    assert "File too large" in " ".join(error)
+    assert loaded == "1 [1.0, 1.0, 1.0, 1.0]"
+    assert found == "['.lock', 'step-00000001']"

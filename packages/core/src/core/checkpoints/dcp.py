@@ -7,7 +7,7 @@ import os
 import pickle
 from io import BufferedWriter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
 from torch.distributed.checkpoint import metadata as dcp_metadata
@@ -59,7 +59,8 @@ class DcpWriter(FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
-        with (Path(self.path) / name).open("wb") as file:
+        path = Path(self.path) / name
+        with disk_errors(f"cannot write {path}"), path.open("wb") as file:
             results = [_write_item(file, name, item, planner) for item in plan.items]
             file.flush()
             os.fsync(file.fileno())
@@ -77,9 +78,35 @@ def _write_item(
     else:
         tensor = data.detach().cpu()
         whole = tensor.untyped_storage().nbytes() == tensor.nbytes
-        torch.save(tensor if whole else tensor.clone(), file)
+        _save(tensor if whole else tensor.clone(), file)
     length = file.tell() - offset
     return WriteResult(item.index, length, _StorageInfo(name, offset, length))
+
+
+def _save(tensor: torch.Tensor, file: BufferedWriter) -> None:
+    """``torch.save``, with the disk's own error where torch speaks of positions only."""
+    watched = _Watched(file)
+    try:
+        torch.save(tensor, cast(IO[bytes], watched))
+    except RuntimeError as error:
+        if watched.refusal is not None:
+            raise watched.refusal from error
+        raise
+
+
+class _Watched(io.RawIOBase):
+    """Writes to a file, and keeps the error with which it refuses."""
+
+    def __init__(self, file: BufferedWriter) -> None:
+        self._file = file
+        self.refusal: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.refusal = error
+            raise
 
 
 class DcpReader(FileSystemReader):

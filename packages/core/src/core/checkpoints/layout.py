@@ -7,12 +7,14 @@ so a folder with a step's name and no valid manifest is not a checkpoint.
 
 from __future__ import annotations
 
+import difflib
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,10 @@ from typing import Any
 from core.errors import CheckpointError
 from core.storage import TEMPORARY, disk_errors, plain_name, sync_file
 
+logger = logging.getLogger("core")
 MANIFEST = "manifest.json"
 VERSION = 1
+_COMPARED = {"api": "hooks", "plugins": "plugins", "plan": "planned transforms"}
 _STEP = re.compile(r"step-(\d{8,})")
 _LARGEST_MANIFEST = 256 * 2**20
 
@@ -81,6 +85,20 @@ class Manifest:
                 raise CheckpointError(f"{folder / name} is {state}", fix="use an older checkpoint")
         return manifest
 
+    def differences(self, now: Mapping[str, Any]) -> list[str]:
+        """What the run that saved has not in common with the run described by ``now``."""
+        return [
+            f"the {what} of the checkpoint differ: {_difference(self.run, now, key)}"
+            for key, what in _COMPARED.items()
+            if self.run.get(key) != now.get(key)
+        ]
+
+
+def _difference(saved: Mapping[str, Any], now: Mapping[str, Any], key: str) -> str:
+    before, after = (json.dumps(side.get(key), indent=1).splitlines() for side in (saved, now))
+    changed = [line for line in difflib.ndiff(before, after) if line[:1] in "+-"]
+    return " ".join(line.replace("  ", "") for line in changed)
+
 
 def step_folder(directory: Path, step: int) -> Path:
     """Final path of the checkpoint of ``step``."""
@@ -120,11 +138,17 @@ def file_sizes(folder: Path) -> dict[str, int]:
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints; 0 keeps everything."""
+    """Remove all but the newest ``keep`` checkpoints; 0 keeps everything.
+
+    What cannot be removed stays, with a warning: the checkpoint just saved is none the worse.
+    """
     for _, path in steps(directory)[keep:] if keep else ():
         doomed = path.with_name(f"{path.name}{TEMPORARY}removed")
-        path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        try:
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            logger.warning("cannot remove the old checkpoint %s: %s", path, error.strerror)
 
 
 def remove_leftovers(directory: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import logging
 import os
 import uuid
@@ -11,6 +9,7 @@ import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +34,8 @@ from core.plugins import Contributed
 from core.storage import TEMPORARY, publish
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from core.run import Run
 
 logger = logging.getLogger("core")
@@ -76,6 +77,11 @@ class Checkpoints:
         self._guard = StepGuard(self._announce)
         self._lock: layout.Lock | None = None
         self._format: Choice[CheckpointFormat] | None = None
+
+    @cached_property
+    def _group(self) -> ProcessGroup | None:
+        """Ranks talk about a save in the background, so not in the group of the main thread."""
+        return self.run.ranks.new_cpu_group()
 
     def formats(self) -> list[Contributed[CheckpointFormat]]:
         """The formats of all plugins."""
@@ -166,7 +172,7 @@ class Checkpoints:
         self._read(folder, manifest, tensors | generators)
         restore(state, tensors, manifest.values)
         remarks += self._restore_generators(manifest, generators)
-        remarks += _plan_differences(manifest.run, self.run.describe())
+        remarks += manifest.differences(self.run.describe())
         for remark in remarks if self.run.is_main else ():
             logger.warning("%s", remark)
         return Loaded(manifest.step, folder, loaded_values(state, manifest.values), tuple(remarks))
@@ -226,7 +232,7 @@ class Checkpoints:
             tensors,
             storage_writer=CommittingWriter(inner, commit),
             async_stager=inner if isinstance(inner, AsyncStager) else None,
-            process_group=self.run.ranks.cpu_group,
+            process_group=self._group,
             no_dist=self.run.world_size == 1,
         )
         if isinstance(response, AsyncSaveResponse):
@@ -251,7 +257,7 @@ class Checkpoints:
                 tensors,
                 storage_reader=reader,
                 planner=SafeLoadPlanner(),
-                process_group=self.run.ranks.cpu_group,
+                process_group=self._group,
                 no_dist=self.run.world_size == 1,
             )
         except CheckpointException as error:
@@ -279,21 +285,6 @@ class Checkpoints:
 
     def _announce(self, save: Save) -> None:
         self.run.emit(CheckpointSaved(step=save.step, path=save.path))
-
-
-def _plan_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What the run that saved and the run that loads do not have in common."""
-    return [
-        f"the checkpoint was saved under another {key}: {_difference(saved, now, key)}"
-        for key in ("api", "plugins", "plan")
-        if saved.get(key) != now.get(key)
-    ]
-
-
-def _difference(saved: Mapping[str, Any], now: Mapping[str, Any], key: str) -> str:
-    before, after = (json.dumps(side.get(key), indent=1).splitlines() for side in (saved, now))
-    changed = [line for line in difflib.ndiff(before, after) if line[:1] in "+-"]
-    return " ".join(line.replace("  ", "") for line in changed)
 
 
 def _nearest_existing(path: Path) -> Path:

@@ -43,6 +43,7 @@ class Save:
     ) -> None:
         self.step = step
         self.path = path
+        self.reported = False
         self._temporary = temporary
         self._staged = staged
         self._written = written
@@ -80,12 +81,12 @@ class Save:
             future.result(timeout)
         except KeyboardInterrupt:
             raise
-        except FutureTimeout:
-            raise CheckpointError(
-                f"the checkpoint of step {self.step} is not done after {timeout} seconds"
-            ) from None
         except BaseException as error:
+            if isinstance(error, FutureTimeout) and not future.done():
+                late = f"the checkpoint of step {self.step} is not done after {timeout} seconds"
+                raise CheckpointError(late) from None
             shutil.rmtree(self._temporary, ignore_errors=True)
+            self.reported = True
             raise CheckpointError(
                 f"the checkpoint of step {self.step} failed",
                 why=root_cause(error),
@@ -111,10 +112,10 @@ class StepGuard:
         """Wait for the pending save to be durable, and report it.
 
         Raises:
-            CheckpointError: when it failed; it is forgotten then.
+            CheckpointError: when it failed, unless its own methods have raised that before.
         """
         save, self._pending = self._pending, None
-        if save is not None:
+        if save is not None and not save.reported:
             save.durable()
             self._on_durable(save)
 

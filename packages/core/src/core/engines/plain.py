@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -136,18 +137,26 @@ class PlainEngine:
         """Logits of the last pending token, float32 on the CPU; the cache grows by all of them."""
         device = next(self.model.parameters()).device
         ids = torch.tensor([active.pending], device=device)
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                out = self.model(
-                    input_ids=ids, past_key_values=active.cache, use_cache=True, logits_to_keep=1
-                )
-        finally:
-            self.model.train(training)
+        with _evaluating(self.model), torch.no_grad():
+            out = self.model(
+                input_ids=ids, past_key_values=active.cache, use_cache=True, logits_to_keep=1
+            )
         active.cache = out.past_key_values
         logits: Tensor = out.logits[0, -1].float().cpu()
         return logits
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Generator[None]:
+    """Without dropout; modules that were training go on doing so afterwards."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def build(model: nn.Module, run: Run) -> PlainEngine:

@@ -53,6 +53,7 @@ def load_model(path: Path) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
+    quiet_transformers()
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} is no model", why="it has no config.json")
     try:
@@ -92,6 +93,13 @@ def build_small(preset: str, overrides: Mapping[str, Any]) -> nn.Module:
         return Phi3ForCausalLM(Phi3Config(**(fields | dict(overrides))))
     except Exception as error:
         raise ModelError("the model cannot be built", why=str(error).splitlines()[0]) from error
+
+
+def quiet_transformers() -> None:
+    """Switch the progress bars of transformers off; recipes show their own."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _known(names: Any) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from core.contributions import BATCH, MODEL
 from core.errors import DataError
 from core.events import StepEnded
-from core.recipes.models import build_model
+from core.recipes.models import build_model, quiet_transformers
 from core.recipes.optim import build_optimizers, build_schedulers
 from core.recipes.parallel import clip, gradient_sync, mean_over_ranks, parallelize, unwrap
 from core.recipes.report import Report, plot_losses
@@ -134,6 +134,7 @@ def export(model: nn.Module, data: Data, run: Run) -> Path:
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=whole)
     if run.is_main:
+        quiet_transformers()
         inner: Any = unwrap(model)
         inner.save_pretrained(str(folder), state_dict=weights)
         data.tokenizer.save_pretrained(str(folder))
