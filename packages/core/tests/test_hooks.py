@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from core.contributions import YIELDED_BY, Probe, Reading
+from core.contributions import Probe, Reading
 from core.discovery import plugins_from
 from core.errors import PluginError
 from core.hooks import API, GROUP, Hooks, hookimpl, implements, override
+from core.plugins import YIELDED_BY
 
 HOOKS = [name for name in vars(Hooks) if name.startswith("core_")]
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.distributed.checkpoint.planner import SavePlanner
     from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
     from core.engines import Engine
@@ -135,6 +136,7 @@ class CheckpointFormat:
         reader: opens a path for reading, or ``None`` when the format is only written.
         writer: opens a folder for writing, or ``None`` when the format is only read. A writer that
             also is a DCP ``AsyncStager`` stages for itself.
+        planner: plans which rank writes what; DCP's default unless given.
         preference: ``checkpoint.format = "auto"`` takes the highest that works; ``None`` means it
             must be asked for by name.
         works: why it cannot be used for checkpoints in this folder, or an empty string.
@@ -145,6 +147,7 @@ class CheckpointFormat:
     detect: Callable[[Path], bool]
     reader: Callable[[Path, Run], StorageReader] | None = None
     writer: Callable[[Path, Run], StorageWriter] | None = None
+    planner: Callable[[Run], SavePlanner] | None = None
     preference: int | None = None
     works: Callable[[Path], str] = always_works
 
@@ -152,11 +155,6 @@ class CheckpointFormat:
 @dataclass(frozen=True, kw_only=True)
 class Storage:
     """A way to move bytes between memory and a folder: the carrier below checkpoint writers.
-
-    Example::
-
-        yield Storage(name="fast", summary="Direct I/O.", sink=FastSink, source=FastSource,
-                      preference=10, works=why_not_here)
 
     See :class:`core.storage.ByteSink` and :class:`core.storage.ByteSource`.
 
@@ -298,14 +296,3 @@ class Probe:
 
 CheckpointContribution = CheckpointFormat | Storage
 RecipeContribution = Recipe | Step
-YIELDED_BY: Mapping[str, tuple[type[Any], ...]] = {
-    "core_settings": (type,),
-    "core_transforms": (Transform,),
-    "core_checkpoints": (CheckpointFormat, Storage),
-    "core_engines": (EngineType,),
-    "core_models": (ModelFamily,),
-    "core_recipes": (Recipe, Step),
-    "core_commands": (object,),
-    "core_probes": (Probe,),
-}
-"""What each collected hook may yield; ``core_commands`` is checked by the command line itself."""

@@ -10,7 +10,16 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar
 
-from core.contributions import YIELDED_BY
+from core.contributions import (
+    CheckpointFormat,
+    EngineType,
+    ModelFamily,
+    Probe,
+    Recipe,
+    Step,
+    Storage,
+    Transform,
+)
 from core.errors import PluginError, closest
 from core.hooks import Hooks
 
@@ -21,6 +30,19 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 logger = logging.getLogger("core")
+
+
+YIELDED_BY: Mapping[str, tuple[type[Any], ...]] = {
+    "core_settings": (type,),
+    "core_transforms": (Transform,),
+    "core_checkpoints": (CheckpointFormat, Storage),
+    "core_engines": (EngineType,),
+    "core_models": (ModelFamily,),
+    "core_recipes": (Recipe, Step),
+    "core_commands": (object,),
+    "core_probes": (Probe,),
+}
+"""What each collected hook may yield; the command line checks ``core_commands`` itself."""
 
 
 class State(StrEnum):

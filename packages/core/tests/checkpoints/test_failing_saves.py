@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.planner import SavePlan
 
 import core
 from core.contributions import CheckpointFormat
@@ -119,6 +121,35 @@ def test_a_writer_that_stages_for_itself_is_asked_to(tmp_path: Path) -> None:
         assert run.checkpoints.format().value.name == "stages"
         run.save({"x": torch.ones(1)}, 1).durable()
     assert Stages.staged == 1
+
+
+class Counting(DefaultSavePlanner):
+    """Counts the items it plans."""
+
+    planned = 0
+
+    def create_local_plan(self) -> SavePlan:
+        plan = super().create_local_plan()
+        Counting.planned += len(plan.items)
+        return plan
+
+
+def counts(run: core.Run) -> Counting:
+    return Counting()
+
+
+def test_the_planner_of_a_format_plans(tmp_path: Path) -> None:
+    planned = CheckpointFormat(
+        name="planned",
+        summary="Plans.",
+        detect=never,
+        writer=writes_and_stages,
+        planner=counts,
+        preference=9,
+    )
+    with core.start(folder=tmp_path, plugins=with_formats(planned)) as run:
+        run.save({"x": torch.ones(1), "y": torch.ones(1)}, 1).durable()
+    assert Counting.planned >= 2
 
 
 def test_training_waits_until_the_state_is_staged(tmp_path: Path) -> None:

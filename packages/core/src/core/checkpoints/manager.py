@@ -231,6 +231,7 @@ class Checkpoints:
         response = async_save(
             tensors,
             storage_writer=CommittingWriter(inner, commit),
+            planner=chosen.planner(self.run) if chosen.planner else None,
             async_stager=inner if isinstance(inner, AsyncStager) else None,
             process_group=self._group,
             no_dist=self.run.world_size == 1,
