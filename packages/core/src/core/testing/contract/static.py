@@ -36,10 +36,17 @@ def mypy(subject: Subject) -> None:
 
 def pyright(subject: Subject) -> None:
     """The module of the plugin passes pyright."""
-    ended = _checker("pyright", "--outputjson", "--pythonpath", sys.executable, str(subject.module))
+    project = subject.folder() / "pyrightconfig.json"
+    # Without an exclude of its own it leaves out hidden folders, and most environments are in one;
+    # and it finds nothing by an absolute path.
+    config = {"include": [os.path.relpath(subject.module, project.parent)], "exclude": []}
+    project.write_text(json.dumps(config), encoding="utf-8")
+    options = ("--outputjson", "--pythonpath", sys.executable, "--project", str(project))
+    ended = _checker("pyright", *options)
     try:
         report = json.loads(ended.stdout[ended.stdout.index("{") :])
         found = report["generalDiagnostics"]
+        require(report["summary"]["filesAnalyzed"], f"pyright does not see {subject.module}")
     except (ValueError, KeyError):
         why = _first(ended.stderr or ended.stdout)
         raise Skip(f"pyright cannot run here: {why}") from None
