@@ -36,7 +36,7 @@ from core.checkpoints.dcp import DcpReader
 from core.engines.plain import PlainEngine
 from core.errors import CoreError, PluginError
 from core.plugins import Plugins
-from core.storage import FileSink, FileSource
+from core.storage import FileSink, FileSource, publish
 from core.testing import contract, tiny
 from core.testing.contract import Outcome, Subject
 from core.testing.fixtures import plugin_of
@@ -380,14 +380,10 @@ class _Crashing(DcpReader):
 
 
 class _Greedy(FileSystemWriter):
-    """Stages nothing and writes late, so that later steps reach the file."""
+    """Stages nothing, so that later steps reach the file."""
 
     def stage(self, state_dict: Any) -> Any:
         return state_dict
-
-    def write_data(self, plan: Any, planner: Any) -> Any:
-        time.sleep(0.2)
-        return super().write_data(plan, planner)
 
 
 def _zeros(path: Path, run: object) -> Any:
@@ -425,21 +421,43 @@ def test_formats(changed: Any, check: str, message: str) -> None:
     assert_fails(format_of(**changed), check, message)
 
 
-class _Early(FileSink):
-    """Shows the folder before it is complete."""
+class _Private(FileSink):
+    """Keeps a folder of its own, and renames it."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        path.mkdir()
+        self._final = path
+        super().__init__(path.with_name(f"{path.name}.tmp-{id(self)}"))
 
     def commit(self) -> None:
-        self.path.rmdir()
         super().commit()
+        publish(self.path, self._final)
 
 
 class _Littering(FileSink):
     def abort(self) -> None:
         self._close()
+
+
+class _Sweeping(FileSink):
+    """Takes the folder for its own."""
+
+    def abort(self) -> None:
+        super().abort()
+        for path in self.path.iterdir():
+            path.unlink()
+
+
+class _Overwriting(FileSink):
+    def open(self, name: str, size: int) -> None:
+        (self.path / name).unlink(missing_ok=True)
+        super().open(name, size)
+
+
+class _Unfinished(FileSink):
+    """Forgets a buffer."""
+
+    def write_at(self, name: str, offset: int, data: Any) -> None:
+        super().write_at(name, offset, data[:-1])
 
 
 class _Unchecked(FileSink):
@@ -461,8 +479,11 @@ class _Padding(FileSource):
 @pytest.mark.parametrize(
     ("changed", "check", "message"),
     [
-        ({"sink": _Early}, "storages.atomic", "before commit()"),
-        ({"sink": _Littering}, "storages.abort", "leaves target.tmp-"),
+        ({"sink": _Unfinished}, "storages.commit", "leaves a wrong data"),
+        ({"sink": _Private}, "storages.shared", "exists already"),
+        ({"sink": _Littering}, "storages.abort", "leaves dropped"),
+        ({"sink": _Sweeping}, "storages.abort", "leaves no kept"),
+        ({"sink": _Overwriting}, "storages.no-overwrite", "overwrites a file"),
         ({"sink": _Unchecked}, "storages.out-of-range", "accepts 4 bytes at 2"),
         ({"source": _Padding}, "storages.truncated", "reads 6 bytes at 0 of a file of 5"),
     ],

@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 import transformers
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as FUNCTIONS
 
+from core.attention import _registered, register_attention, use_attention
 from core.errors import ModelError
-from core.positions.install import positions
+from core.positions.install import positions, unrotated
 from core.positions.policy import ModelPositions
 from core.testing.tiny import build as build_family, left_padded as prompts
 
@@ -73,3 +77,40 @@ def test_two_policies_and_switching_by_hand_are_refused() -> None:
         model.set_attn_implementation("sdpa")
         with pytest.raises(ModelError, match="does not heed"):
             model(**prompts())
+
+
+def deaf(*args: Any, **kwargs: Any) -> Any:
+    return sdpa_attention_forward(*args, **kwargs)
+
+
+def test_unrotated_keys_need_an_attention_that_rotates() -> None:
+    model = build("Llama")
+    with unrotated(model), pytest.raises(ModelError, match=r"'sdpa' does not rotate"):
+        model(**prompts())
+    tables = (type(FUNCTIONS)._global_mapping, type(MASKS)._global_mapping, _registered)
+    try:
+        for name, rotates in (("core_deaf", False), ("core_rotates", True)):
+            register_attention(name, deaf, sdpa_mask, rotates=rotates)
+        with unrotated(model), use_attention(model, "core_rotates"):
+            model(**prompts())
+        refused = pytest.raises(ModelError, match="'core_deaf' does not rotate")
+        with unrotated(model), use_attention(model, "core_deaf"), refused:
+            model(**prompts())
+    finally:
+        for table in tables:
+            for name in ("core_deaf", "core_rotates"):
+                table.pop(name, None)
+    model(**prompts())
+
+
+def test_unrotated_does_not_nest() -> None:
+    model = build("Llama")
+    with positions(model, ModelPositions()):
+        with pytest.raises(ModelError, match="already"), unrotated(model):
+            pass
+        model(**prompts())
+    with unrotated(model):
+        with pytest.raises(ModelError, match="already"), unrotated(model):
+            pass
+        with pytest.raises(ModelError, match="already"), positions(model, ModelPositions()):
+            pass

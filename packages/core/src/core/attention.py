@@ -14,25 +14,30 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from torch import Tensor, nn
+from torch import nn
 
+from core.attention_call import AttentionFunction, refuse_unknown, rotate_then
 from core.contributions import MODEL, Phase, Transform
 from core.equivalence import decoder, record, require_calls, require_equivalent
 from core.errors import CoreError, ModelError, PluginError
-from core.positions.rotation import in_force
 
 if TYPE_CHECKING:
     from core.run import Run
 
-AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
-"""``(module, query, key, value, mask, **kwargs)`` with (B, H, T, D) to output (B, T, H, Dv).
-
-Arguments differ by family (``sliding_window``, ``softcap``, ``s_aux``): a function must honour or
-refuse every one that is not ``None``.
-"""
-
 MaskFunction = Callable[..., Any]
 """As ``transformers.masking_utils.sdpa_mask``; what it returns is the function's ``mask``."""
+
+__all__ = [
+    "AttentionFunction",
+    "MaskFunction",
+    "attention",
+    "is_ours",
+    "refuse_unknown",
+    "register_attention",
+    "rotates_itself",
+    "switch_attention",
+    "use_attention",
+]
 
 logger = logging.getLogger("core")
 
@@ -67,12 +72,13 @@ def attention(
 
     Args:
         name: registered name; begins with the package's name, as the registries are global.
-        forward: module-level attention function. Where a policy of positions is in force, it gets
-            queries and keys that the policy has rotated.
+        forward: module-level attention function; it begins with :func:`refuse_unknown`. Where a
+            policy of positions is in force, it gets queries and keys that the policy has rotated.
         mask: module-level mask function.
         transform: short name of the transform.
-        rotates: the function asks for the policy in force itself, and gets unrotated queries and
-            keys; for stores that keep keys unrotated.
+        rotates: the function gets unrotated queries and keys, and asks for the policy in force
+            itself: ``in_force(module).turn(module, query, key, mask, kwargs)``, with the keyword
+            arguments as they came. For stores that keep keys unrotated.
         verify: compare before and after.
         tolerance: see :func:`core.equivalence.require_equivalent`.
         length: number of tokens of the comparison; by default enough to leave a window of up to
@@ -127,7 +133,7 @@ def register_attention(
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as FUNCTIONS
 
     _check_name(name)
-    function = forward if rotates else partial(_rotate_then, forward)
+    function = forward if rotates else partial(rotate_then, forward)
     new = _Registered(forward, mask, function)
     old = _registered.get(name)
     if old is not None and FUNCTIONS.get(name) is old.function and MASKS.get(name) is old.mask:
@@ -145,6 +151,11 @@ def register_attention(
 def is_ours(name: str) -> bool:
     """Tell whether an attention function was registered here, and so heeds positions."""
     return name in _registered
+
+
+def rotates_itself(name: str) -> bool:
+    """Tell whether an attention function was registered here with ``rotates``."""
+    return is_ours(name) and _registered[name].function is _registered[name].forward
 
 
 def switch_attention(model: nn.Module, name: str) -> Callable[[], None]:
@@ -221,41 +232,6 @@ def _apply(
         raise ModelError(f"attention {name!r} fails in {type(model).__name__}", why=why) from error
     logger.info("attention: %s in %s", name, type(model).__name__)
     return model
-
-
-def _rotate_then(
-    forward: AttentionFunction,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    *args: Any,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Apply the policy of positions in force, if there is one, and attend."""
-    rotation = in_force(module)
-    view: Any = module
-    if rotation is not None:
-        ids = kwargs.get("position_ids")
-        query, key = rotation.turn(module, query, key, attention_mask, ids)
-        if key.shape[1] != value.shape[1]:
-            # The policy gave every query head a key of its own.
-            value = value.repeat_interleave(key.shape[1] // value.shape[1], dim=1)
-            view = _Ungrouped(module)
-    return forward(view, query, key, value, attention_mask, *args, **kwargs)
-
-
-class _Ungrouped:
-    """An attention module as seen by a function that must not repeat its key heads."""
-
-    num_key_value_groups = 1
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
 
 
 def _switchable(model: nn.Module) -> Any:

@@ -103,8 +103,8 @@ class Transform(Generic[T]):
     before: tuple[str, ...] = ()
 
 
-def always_works(path: Path) -> str:
-    """Give no reason against ``path``: the default of every ``works`` field."""
+def always_works(subject: object) -> str:
+    """Give no reason against ``subject``: the default of every ``works`` field."""
     return ""
 
 
@@ -121,7 +121,7 @@ class CheckpointFormat:
             return (path / "mine.json").is_file()
 
         def read(path, run):
-            return MyReader(run.checkpoints.storage().value.source(path))
+            return MyReader(run.checkpoints.storage(path).value.source(path))
 
         yield CheckpointFormat(
             name="mine", summary="Checkpoints of my cluster.", detect=is_mine, reader=read
@@ -134,11 +134,10 @@ class CheckpointFormat:
         summary: one sentence.
         detect: whether a path holds this format; fast, and false on everybody else's files.
         reader: opens a path for reading, or ``None`` when the format is only written.
-        writer: opens a folder for writing, or ``None`` when the format is only read. A writer that
-            also is a DCP ``AsyncStager`` stages for itself.
+        writer: opens a folder for writing, or ``None`` when the format is only read. It must work
+            under any planner. One that also is a DCP ``AsyncStager`` stages for itself.
         planner: plans which rank writes what; DCP's default unless given.
-        preference: ``checkpoint.format = "auto"`` takes the highest that works; ``None`` means it
-            must be asked for by name.
+        preference: ``checkpoint.format = "auto"`` takes the highest that works; None: only by name.
         works: why it cannot be used for checkpoints in this folder, or an empty string.
     """
 
@@ -161,7 +160,7 @@ class Storage:
     Args:
         name: what ``checkpoint.storage`` calls it.
         summary: one sentence.
-        sink: opens a new folder for writing; nothing is visible there before ``commit()``.
+        sink: opens a folder for writing, which is created if needed; every rank opens one.
         source: opens an existing folder or file for reading.
         preference: ``checkpoint.storage = "auto"`` takes the highest that works.
         works: why it cannot be used on this disk, or an empty string.
@@ -182,14 +181,16 @@ class EngineType:
     Args:
         name: what ``engine.name`` calls it.
         summary: one sentence.
-        build: makes an engine on the module itself, copying no parameter.
-        preference: ``engine.name = "auto"`` takes the highest.
+        build: makes an engine on the module itself, copying no parameter; an EngineError refuses it.
+        preference: ``engine.name = "auto"`` takes the highest that works and does not refuse.
+        works: why it cannot serve this model, or an empty string.
     """
 
     name: str
     summary: str
     build: Callable[[nn.Module, Run], Engine]
     preference: int | None = None
+    works: Callable[[nn.Module], str] = always_works
 
 
 @dataclass(frozen=True, kw_only=True)

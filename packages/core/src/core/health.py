@@ -22,6 +22,7 @@ from core.contributions import Reading
 from core.discovery import BUILTIN
 from core.hooks import Hooks
 from core.plugins import Plugin, State
+from core.storage import nearest_existing
 
 if TYPE_CHECKING:
     from core.run import Run
@@ -66,7 +67,7 @@ def machine(run: Run) -> Iterator[Reading]:
 
         yield Reading(name="torch", status="ok", value=torch.__version__)
         yield Reading(name="device", status="ok", value=str(run.device))
-    folder = next(p for p in [run.folder, *run.folder.absolute().parents] if p.exists())
+    folder = nearest_existing(run.folder)
     free = shutil.disk_usage(folder).free / 2**30
     yield Reading(
         name=f"free space at {folder}",

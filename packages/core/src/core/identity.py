@@ -7,11 +7,14 @@ to those influences goes into one field here, so that no cache has to know which
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from core.positions.policy import Positions
 
 Pairs = tuple[tuple[str, str], ...]
@@ -28,7 +31,8 @@ class CacheIdentity:
 
     Args:
         model: which architecture and configuration.
-        weights: version of the weights; changes with every update.
+        weights: version of the weights; changes with every update, and differs between all
+            checkpoints of one architecture whose caches may meet.
         adapter: id and version of the adapter in force.
         positions: name of the policy that rotates queries and keys.
         positions_digest: the policy's own digest; see :meth:`with_positions`.
@@ -80,6 +84,41 @@ class CacheIdentity:
         """Return this identity under a policy of positions."""
         digest = policy.digest()
         return replace(self, positions=policy.name, positions_digest=digest, regime=regime)
+
+
+def identity_of(model: nn.Module, weights: str) -> CacheIdentity:
+    """Return the identity of a model as it is now, with the policy of positions in force on it.
+
+    Engines add what only they know, with :func:`dataclasses.replace`.
+
+    Args:
+        model: a transformers model.
+        weights: version of its weights.
+
+    Example::
+
+        salt = identity_of(model, "step-40").salt()
+    """
+    from core.equivalence import decoder
+    from core.positions.rotation import in_force
+
+    identity = CacheIdentity(model=_digest_of(model), weights=weights)
+    rotation = in_force(decoder(model))
+    return identity if rotation is None else identity.with_positions(rotation.policy)
+
+
+def _digest_of(model: nn.Module) -> str:
+    """Digest of all but the weights: equal for equal models on every rank and in every process."""
+    config: Any = getattr(model, "config", None)
+    facts = {
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "config": config.to_dict() if hasattr(config, "to_dict") else repr(config),
+        "attention": getattr(config, "_attn_implementation", None),
+        # A model may be cast after its configuration was written.
+        "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
+    }
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _pairs(name: str, value: Any) -> Pairs:

@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from core import hooks
-from core.choice import choose
 from core.contributions import Settings, Stage
 from core.discovery import BUILTIN, discover
 from core.distributed import Ranks
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from core.checkpoints.manager import Checkpoints, Loaded
     from core.checkpoints.save import Save
     from core.engines import Engine
+    from core.engines.live import LiveEngines
 
 S = TypeVar("S", bound=Settings)
 T = TypeVar("T")
@@ -69,6 +69,7 @@ class Run:
         self.quiet = quiet
         self._settings = dict(settings)
         self._checkpoints: Checkpoints | None = None
+        self._engines: LiveEngines | None = None
         self._open = True
         found = plugins.collect_from(_owners(self.enabled), Hooks.core_transforms, self)
         self.plan = Plan.build(select(found, self.enabled), self.enabled)
@@ -134,19 +135,17 @@ class Run:
         return self.checkpoints.load(state, path)
 
     def engine(self, model: nn.Module, name: str | None = None) -> Engine:
-        """Build an inference engine on a live module.
+        """Build an inference engine on a live module; see :meth:`LiveEngines.build`.
 
         Args:
             model: a transformers causal language model.
             name: an engine's name, or ``None`` for ``engine.name`` of the settings.
         """
-        from core.engines import EngineSettings
+        if self._engines is None:
+            from core.engines.live import LiveEngines
 
-        wanted = name or self.settings(EngineSettings).name
-        found = self.plugins.collect(Hooks.core_engines)
-        choice = choose("engine", wanted, found, lambda engine: "")
-        self.announce(f"engine: {choice.value.name}, {choice.why}")
-        return choice.value.build(model, self)
+            self._engines = LiveEngines(self)
+        return self._engines.build(model, name)
 
     def describe(self) -> dict[str, Any]:
         """What this run is made of, as JSON values: written beside every checkpoint."""
@@ -192,6 +191,8 @@ class Run:
             return
         self._open = False
         atexit.unregister(self.close)
+        if self._engines is not None:
+            self._engines.close()
         try:
             if self._checkpoints is not None:
                 self._checkpoints.close()

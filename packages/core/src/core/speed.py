@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from core.contributions import Reading, Stage, Transform
 from core.plan import Plan
 from core.plugins import Contributed
+from core.storage import nearest_existing
 
 if TYPE_CHECKING:
     from core.run import Run
@@ -32,7 +33,7 @@ def checkpoints(run: Run) -> Iterator[Reading]:
     state = {f"t{index}": torch.randn(2**21) for index in range(8)}
     ours: list[float] = []
     plain: list[float] = []
-    with tempfile.TemporaryDirectory(dir=_existing(run.folder)) as name:
+    with tempfile.TemporaryDirectory(dir=nearest_existing(run.folder)) as name:
         folder = Path(name)
         saver = Checkpoints(run, folder / "core")
         for repeat in range(_REPEATS):
@@ -112,7 +113,3 @@ def _per_call(work: Callable[[], object], calls: int = 2000) -> float:
             work()
         rounds.append((time.process_time() - began) / calls)
     return max(statistics.median(rounds), 1e-9)
-
-
-def _existing(path: Path) -> Path:
-    return next(folder for folder in [path, *path.absolute().parents] if folder.exists())

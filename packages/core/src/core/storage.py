@@ -1,8 +1,9 @@
 """Byte sinks and sources: how bytes get from memory into a folder and back.
 
 Checkpoint writers and converters are written against these two protocols, so that a faster carrier
-(direct I/O, a remote store) serves all of them. The default is buffered files that become visible
-at once: written beside the target, synced, renamed.
+(direct I/O, a remote store) serves all of them. The default is buffered files. A sink makes its own
+files durable, and every rank has one; that a finished folder appears at once is the work of core,
+which hands out a temporary folder and renames it when all ranks are done.
 """
 
 from __future__ import annotations
@@ -26,24 +27,31 @@ TEMPORARY = ".tmp-"
 
 
 class ByteSink(Protocol):
-    """A folder that is being written. Nothing is visible at its final path before ``commit()``.
+    """The files that one rank writes into a folder, which other sinks may write into as well.
+
+    Opening a sink creates the folder, unless it is there. Whoever hands out the folder makes it
+    visible: see :func:`new_folder`.
 
     Example:
         >>> import tempfile
-        >>> target = Path(tempfile.mkdtemp()) / "out"
-        >>> sink = FileSink(target)
-        >>> sink.open("data", size=5)
-        >>> sink.write_at("data", 3, b"lo")
-        >>> sink.write_at("data", 0, b"hel")
-        >>> target.exists()
-        False
-        >>> sink.commit()
-        >>> (target / "data").read_bytes()
-        b'hello'
+        >>> folder = Path(tempfile.mkdtemp()) / "out"
+        >>> first, second = FileSink(folder), FileSink(folder)
+        >>> first.open("data", size=5)
+        >>> first.write_at("data", 3, b"lo")
+        >>> first.write_at("data", 0, b"hel")
+        >>> second.open("more", size=2)
+        >>> first.commit()
+        >>> second.abort()
+        >>> [(path.name, path.read_bytes()) for path in folder.iterdir()]
+        [('data', b'hello')]
     """
 
     def open(self, name: str, size: int) -> None:
-        """Create the file ``name`` with ``size`` bytes; what is not written stays zero."""
+        """Create the file ``name`` with ``size`` bytes; what is not written stays zero.
+
+        Raises:
+            CheckpointError: when the name is taken or leaves the folder, or the disk refuses.
+        """
 
     def write_at(self, name: str, offset: int, data: Buffer) -> None:
         """Write ``data`` at byte ``offset``; any order, any thread, no overlap.
@@ -53,10 +61,10 @@ class ByteSink(Protocol):
         """
 
     def commit(self) -> None:
-        """Make everything durable and then visible at once; returns when both are done."""
+        """Make this sink's files durable, and their names in the folder; returns when they are."""
 
     def abort(self) -> None:
-        """Remove everything written; harmless after ``commit()``."""
+        """Remove this sink's files and no others; harmless after ``commit()``."""
 
 
 class ByteSource(Protocol):
@@ -88,18 +96,17 @@ class ByteSource(Protocol):
 
 
 class FileSink:
-    """Buffered files in a temporary folder beside ``path``; fsync and rename on commit."""
+    """Buffered files, synced on commit."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._temporary = path.with_name(f"{path.name}{TEMPORARY}{uuid.uuid4().hex[:8]}")
         self._files: dict[str, tuple[int, int]] = {}
         self._committed = False
-        with disk_errors(f"cannot create {self._temporary}"):
-            self._temporary.mkdir(parents=True)
+        with disk_errors(f"cannot create {path}"):
+            path.mkdir(parents=True, exist_ok=True)
 
     def open(self, name: str, size: int) -> None:
-        path = self._temporary / plain_name(name)
+        path = self.path / plain_name(name)
         with disk_errors(f"cannot create {path} with {size:,} bytes"):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             self._files[name] = descriptor, size
@@ -112,7 +119,7 @@ class FileSink:
             raise CheckpointError(
                 f"write of {len(view)} bytes at {offset} does not fit {name}", why=f"{size} bytes"
             )
-        with disk_errors(f"cannot write {self._temporary / name}"):
+        with disk_errors(f"cannot write {self.path / name}"):
             while view:
                 written = os.pwrite(descriptor, view, offset)
                 view, offset = view[written:], offset + written
@@ -121,14 +128,14 @@ class FileSink:
         with disk_errors(f"cannot commit {self.path}"):
             for descriptor, _ in self._files.values():
                 os.fsync(descriptor)
-            self._close()
-            publish(self._temporary, self.path)
+            sync(self.path)
         self._committed = True
+        self._close()
 
     def abort(self) -> None:
+        for name in () if self._committed else self._files:
+            (self.path / name).unlink(missing_ok=True)
         self._close()
-        if not self._committed:
-            shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _close(self) -> None:
         for descriptor, _ in self._files.values():
@@ -164,6 +171,10 @@ class FileSource:
             os.close(descriptor)
         self._files.clear()
 
+    def __del__(self) -> None:
+        # DCP readers own sources and have no end of their own.
+        self.close()
+
     def __enter__(self) -> FileSource:
         return self
 
@@ -181,28 +192,76 @@ class FileSource:
 
 FILES = Storage(
     name="files",
-    summary="Buffered files, synced and renamed into place.",
+    summary="Buffered files, synced.",
     sink=FileSink,
     source=FileSource,
     preference=0,
 )
 
 
-def publish(temporary: Path, final: Path) -> None:
-    """Sync a finished folder, rename it to its final path and sync the parent.
+@contextmanager
+def new_folder(final: Path) -> Generator[Path]:
+    """Fill a folder that appears at ``final`` when the block ends well, and else leaves nothing.
+
+    Args:
+        final: path that must not exist; missing parents are created and stay.
+
+    Yields:
+        an empty temporary folder beside ``final``.
 
     Raises:
-        CheckpointError: when something is at ``final`` already.
+        CheckpointError: when something is at ``final``, or the disk refuses.
+
+    Example:
+        >>> import tempfile
+        >>> final = Path(tempfile.mkdtemp()) / "out"
+        >>> with new_folder(final) as folder:
+        ...     _ = (folder / "data").write_bytes(b"hello")
+        ...     final.exists()
+        False
+        >>> final.exists()
+        True
     """
-    if final.exists():
-        raise CheckpointError(f"{final} exists already", fix="choose another path or remove it")
-    sync_folder(temporary)
-    temporary.rename(final)
-    sync_folder(final.parent)
+    require_free(final)
+    temporary = final.with_name(f"{final.name}{TEMPORARY}{uuid.uuid4().hex[:8]}")
+    try:
+        with disk_errors(f"cannot create {final}"):
+            temporary.mkdir(parents=True)
+        yield temporary
+        publish(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
-def sync_folder(path: Path) -> None:
-    """Make the entries of a folder durable."""
+def publish(temporary: Path, final: Path) -> None:
+    """Sync a finished folder with all that is in it, rename it and sync the parent.
+
+    Raises:
+        CheckpointError: when something is at ``final`` already, or the disk refuses.
+    """
+    require_free(final)
+    with disk_errors(f"cannot create {final}"):
+        for folder, _, names in os.walk(temporary):
+            # Files that their writer has synced cost next to nothing here; others need it.
+            for path in [*(Path(folder) / name for name in names), Path(folder)]:
+                sync(path)
+        temporary.rename(final)
+        sync(final.parent)
+
+
+def require_free(path: Path) -> None:
+    """Refuse a path that is taken, if only by a link that leads nowhere.
+
+    Raises:
+        CheckpointError: when something is at ``path``.
+    """
+    if path.exists() or path.is_symlink():
+        raise CheckpointError(f"{path} exists already", fix="choose another path or remove it")
+
+
+def sync(path: Path) -> None:
+    """Make the bytes of a file durable, or the entries of a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -212,10 +271,8 @@ def sync_folder(path: Path) -> None:
 
 def sync_file(path: Path, content: bytes) -> None:
     """Write a small file and make its bytes durable."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_bytes(content)
+    sync(path)
 
 
 def plain_name(name: str) -> str:
@@ -241,3 +298,8 @@ def disk_errors(what: str) -> Generator[None]:
 
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    return next(folder for folder in [path, *path.absolute().parents] if folder.exists())

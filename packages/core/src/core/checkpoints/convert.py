@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from core.choice import choose
 from core.contributions import CheckpointFormat
 from core.errors import CheckpointError
 from core.plugins import Contributed
-from core.storage import TEMPORARY, publish
+from core.storage import new_folder, require_free
 
 if TYPE_CHECKING:
     from core.run import Run
@@ -81,11 +80,18 @@ def detect(path: Path, run: Run) -> Contributed[CheckpointFormat]:
         return found[0]
     names = ", ".join(sorted(c.value.name for c in (found or formats)))
     state = f"looks like {names}" if found else "is of no known format"
-    raise CheckpointError(f"{path} {state}", fix="" if found else f"known formats: {names}")
+    fix = "name its format with --from" if found else f"known formats: {names}"
+    raise CheckpointError(f"{path} {state}", fix=fix)
 
 
 def plan(
-    source: Path, target: Path, to: str, run: Run, *, skip_objects: bool = False
+    source: Path,
+    target: Path,
+    to: str,
+    run: Run,
+    *,
+    from_format: str = "auto",
+    skip_objects: bool = False,
 ) -> tuple[Conversion, StorageReader]:
     """Check a conversion without writing anything.
 
@@ -94,23 +100,23 @@ def plan(
         target: folder to create; must not exist.
         to: name of the target format.
         run: the run whose plugins offer the formats.
+        from_format: name of the source's format; ``auto`` finds it by looking.
         skip_objects: leave out entries that are no tensors instead of refusing them.
 
     Raises:
-        CheckpointError: for an unknown or damaged source, or a target that exists.
-        PluginError: for an unknown target format.
+        CheckpointError: for an unknown or damaged source, or a target that exists or overlaps it.
+        PluginError: for an unknown format.
     """
-    if target.exists():
-        raise CheckpointError(f"{target} exists already", fix="choose another path or remove it")
-    from_format = detect(source, run).value
-    to_format = choose(
+    _require_apart(source, target)
+    read_as = _source_format(source, from_format, run)
+    written_as = choose(
         "checkpoint format",
         to,
         run.checkpoints.formats(),
         lambda f: "" if f.writer else "it cannot be written",
     ).value
-    assert from_format.reader is not None
-    reader = from_format.reader(source, run)
+    assert read_as.reader is not None
+    reader = read_as.reader(source, run)
     metadata = reader.read_metadata()
     reader.set_up_storage_reader(metadata, True)
     entries = metadata.state_dict_metadata
@@ -122,8 +128,7 @@ def plan(
             why="they are pickles, which are not carried over",
             fix="pass --skip-objects to leave them out",
         )
-    found = Conversion(source, target, from_format, to_format, tensors, objects)
-    return found, reader
+    return Conversion(source, target, read_as, written_as, tensors, objects), reader
 
 
 def execute(
@@ -134,32 +139,59 @@ def execute(
     Raises:
         CheckpointError: when reading or writing fails; the target does not exist then.
     """
-    target, to_format = conversion.target, conversion.target_format
-    assert to_format.writer is not None
-    temporary = target.with_name(f"{target.name}{TEMPORARY}convert")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        writer = to_format.writer(temporary, run)
-        planner = _StreamingPlanner(conversion.tensors, reader, progress)
-        writer.reset()
-        writer.set_up_storage_writer(True)
-        local = writer.prepare_local_plan(planner.create_local_plan())
-        (final,) = writer.prepare_global_plan([local])
-        metadata = Metadata(
-            {name: _one_chunk(tensor) for name, tensor in conversion.tensors.items()}
-        )
-        results = writer.write_data(final, planner).wait()
-        writer.finish(metadata, [results])
-        _carry_manifest(conversion, temporary)
-        publish(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with new_folder(conversion.target) as folder:
+        _write(conversion, reader, run, progress, folder)
+        _carry_manifest(conversion, folder)
 
 
 def size_in_bytes(tensor: TensorStorageMetadata) -> int:
     """Bytes of a whole tensor."""
     return math.prod(tensor.size) * tensor.properties.dtype.itemsize
+
+
+def _require_apart(source: Path, target: Path) -> None:
+    """Refuse a target that is taken, or that lies in the source; links are followed."""
+    real_source, real_target = source.resolve(), target.resolve()
+    if real_source == real_target:
+        raise CheckpointError(f"{source} and {target} are the same", fix="choose another target")
+    if real_source in real_target.parents:
+        raise CheckpointError(f"{target} lies inside of {source}", fix="choose another target")
+    if real_target in real_source.parents:
+        raise CheckpointError(f"{source} lies inside of {target}", fix="choose another target")
+    require_free(target)
+
+
+def _source_format(source: Path, name: str, run: Run) -> CheckpointFormat:
+    if name == "auto":
+        return detect(source, run).value
+    if not source.exists():
+        raise CheckpointError(f"{source} does not exist")
+    return choose(
+        "checkpoint format",
+        name,
+        run.checkpoints.formats(),
+        lambda f: "" if f.reader else "it cannot be read",
+    ).value
+
+
+def _write(
+    conversion: Conversion,
+    reader: StorageReader,
+    run: Run,
+    progress: Progress | None,
+    folder: Path,
+) -> None:
+    """Write all tensors into ``folder``, as DCP does it, under a planner of our own."""
+    assert conversion.target_format.writer is not None
+    writer = conversion.target_format.writer(folder, run)
+    planner = _StreamingPlanner(conversion.tensors, reader, progress)
+    writer.reset()
+    writer.set_up_storage_writer(True)
+    local = writer.prepare_local_plan(planner.create_local_plan())
+    (final,) = writer.prepare_global_plan([local])
+    results = writer.write_data(final, planner).wait()
+    chunks = {name: _one_chunk(tensor) for name, tensor in conversion.tensors.items()}
+    writer.finish(Metadata(chunks), [results])
 
 
 class _StreamingPlanner(SavePlanner):

@@ -43,7 +43,7 @@ _LARGEST_METADATA = 2**31
 
 def reader(path: Path, run: Run) -> DcpReader:
     """Open a DCP folder."""
-    return DcpReader(path, run.checkpoints.storage().value.source(path))
+    return DcpReader(path, run.checkpoints.storage(path).value.source(path))
 
 
 def writer(path: Path, run: Run) -> DcpWriter:

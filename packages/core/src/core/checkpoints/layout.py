@@ -14,9 +14,10 @@ import logging
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from core.errors import CheckpointError
@@ -75,7 +76,7 @@ class Manifest:
             if version != VERSION:
                 raise CheckpointError(f"{path} has version {version}", why=f"known: {VERSION}")
             manifest = cls(**content)
-            files = {plain_name(name): int(size) for name, size in manifest.files.items()}
+            files = {_inside(name): int(size) for name, size in manifest.files.items()}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged", why=str(error)) from None
         for name, size in files.items():
@@ -90,7 +91,7 @@ class Manifest:
         return [
             f"the {what} of the checkpoint differ: {_difference(self.run, now, key)}"
             for key, what in _COMPARED.items()
-            if self.run.get(key) != now.get(key)
+            if self.run and self.run.get(key) != now.get(key)
         ]
 
 
@@ -98,6 +99,13 @@ def _difference(saved: Mapping[str, Any], now: Mapping[str, Any], key: str) -> s
     before, after = (json.dumps(side.get(key), indent=1).splitlines() for side in (saved, now))
     changed = [line for line in difflib.ndiff(before, after) if line[:1] in "+-"]
     return " ".join(line.replace("  ", "") for line in changed)
+
+
+def _inside(name: str) -> str:
+    """Return a relative path if it stays inside its folder."""
+    for part in PurePosixPath(name).parts:
+        plain_name(part)
+    return name
 
 
 def step_folder(directory: Path, step: int) -> Path:
@@ -133,22 +141,49 @@ def newest_valid(directory: Path) -> tuple[Path, Manifest, list[str]]:
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """Sizes of all files of a folder but the manifest."""
-    return {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.name != MANIFEST}
+    """Sizes of all files of a folder but the manifest, by relative path."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    return {name: size for name, size in sizes.items() if name != MANIFEST}
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints; 0 keeps everything.
+    """Remove all but the newest ``keep`` valid checkpoints; 0 keeps everything.
 
-    What cannot be removed stays, with a warning: the checkpoint just saved is none the worse.
+    Damaged ones do not count, and stay for their owner to look at. What cannot be removed stays,
+    with a warning: the checkpoint just saved is none the worse.
     """
-    for _, path in steps(directory)[keep:] if keep else ():
+    valid = [path for _, path in steps(directory) if _is_valid(path)] if keep else []
+    for path in valid[keep:]:
         doomed = path.with_name(f"{path.name}{TEMPORARY}removed")
         try:
             path.rename(doomed)
             shutil.rmtree(doomed)
         except OSError as error:
             logger.warning("cannot remove the old checkpoint %s: %s", path, error.strerror)
+
+
+def _is_valid(folder: Path) -> bool:
+    try:
+        Manifest.read(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def set_aside(directory: Path, after: int) -> list[Path]:
+    """Rename the checkpoints of later steps: a run that went back to ``after`` writes its own.
+
+    Returns:
+        where they are now.
+    """
+    moved = []
+    for step, path in steps(directory):
+        if step > after:
+            target = path.with_name(f"{path.name}.abandoned-{uuid.uuid4().hex[:8]}")
+            path.rename(target)
+            moved.append(target)
+    return moved
 
 
 def remove_leftovers(directory: Path) -> None:

@@ -7,31 +7,26 @@ import os
 import uuid
 import warnings
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import AsyncStager
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
-
 from core.checkpoints import layout, rng
 from core.checkpoints.layout import Manifest
-from core.checkpoints.planner import SafeLoadPlanner
-from core.checkpoints.save import CommittingWriter, Save, StepGuard, root_cause
+from core.checkpoints.reading import manifest_of, open_reader, read
+from core.checkpoints.save import Save, StepGuard
 from core.checkpoints.settings import CheckpointSettings
-from core.checkpoints.state import State, loaded_values, restore, split
+from core.checkpoints.state import Parts, State, loaded_values, restore, room, split
+from core.checkpoints.writing import Writing
 from core.choice import Choice, choose
 from core.contributions import CheckpointFormat, Storage
 from core.errors import CheckpointError
 from core.events import CheckpointSaved
 from core.hooks import Hooks
 from core.plugins import Contributed
-from core.storage import TEMPORARY, publish
+from core.storage import TEMPORARY, nearest_existing, publish
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -41,7 +36,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("core")
 # DCP warns about every save of a single process, which is a normal case here.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-_RNG = "rng"
 
 
 @dataclass(frozen=True)
@@ -77,6 +71,9 @@ class Checkpoints:
         self._guard = StepGuard(self._announce)
         self._lock: layout.Lock | None = None
         self._format: Choice[CheckpointFormat] | None = None
+        self._went_back_to: int | None = None
+        self._storages: dict[int, Choice[Storage]] = {}
+        self._writing = ThreadPoolExecutor(1, thread_name_prefix="core-checkpoint")
 
     @cached_property
     def _group(self) -> ProcessGroup | None:
@@ -92,27 +89,47 @@ class Checkpoints:
         ]
 
     def format(self) -> Choice[CheckpointFormat]:
-        """The format new checkpoints are written in, and why."""
+        """The format new checkpoints are written in, and why; all ranks ask together at first."""
         if self._format is None:
+            existing = nearest_existing(self.directory)
 
             def objection(candidate: CheckpointFormat) -> str:
-                return "it cannot be written" if not candidate.writer else candidate.works(existing)
+                if not candidate.writer:
+                    return "it cannot be written"
+                return self._anybody(candidate.works(existing))
 
-            existing = _nearest_existing(self.directory)
             chosen = choose("checkpoint format", self.settings.format, self.formats(), objection)
             self.run.announce(f"checkpoints: {chosen.value.name}, {chosen.why}")
             self._format = chosen
         return self._format
 
-    def storage(self) -> Choice[Storage]:
-        """The storage that carries bytes of converters and of formats that ask for it, and why."""
-        found = [
-            Contributed(c.plugin, c.value)
-            for c in self.run.plugins.collect(Hooks.core_checkpoints)
-            if isinstance(c.value, Storage)
-        ]
-        existing = _nearest_existing(self.directory)
-        return choose("storage", self.settings.storage, found, lambda s: s.works(existing))
+    def storage(self, path: Path | None = None) -> Choice[Storage]:
+        """The storage that carries bytes on the disk of ``path``, and why.
+
+        All ranks ask together the first time.
+
+        Args:
+            path: what will be read or written; by default the directory of the checkpoints.
+        """
+        existing = nearest_existing(path or self.directory)
+        disk = existing.stat().st_dev
+        if disk not in self._storages:
+            found = [
+                Contributed(c.plugin, c.value)
+                for c in self.run.plugins.collect(Hooks.core_checkpoints)
+                if isinstance(c.value, Storage)
+            ]
+            chosen = choose(
+                "storage", self.settings.storage, found, lambda s: self._anybody(s.works(existing))
+            )
+            self.run.announce(f"storage for {existing}: {chosen.value.name}, {chosen.why}")
+            self._storages[disk] = chosen
+        return self._storages[disk]
+
+    def _anybody(self, reason: str) -> str:
+        """The first rank's objection, so that all ranks choose alike."""
+        reasons = self.run.ranks.gather(reason)
+        return next((f"rank {rank}: {text}" for rank, text in enumerate(reasons) if text), "")
 
     def save(self, state: State, step: int) -> Save:
         """Submit a checkpoint and return at once; all ranks call it together.
@@ -128,17 +145,26 @@ class Checkpoints:
             CheckpointError: for a state that cannot be saved, a directory that is in use or has
                 this step already, or when the checkpoint before this one failed.
         """
-        if _RNG in state:
-            raise CheckpointError(f"the name {_RNG!r} is taken by core", fix="rename the entry")
+        if rng.NAME in state:
+            raise CheckpointError(f"the name {rng.NAME!r} is core's", fix="rename the entry")
         self.wait()
-        tensors, values = split(state)
-        for key, tensor in rng.capture().items():
-            tensors[f"{_RNG}.{self.run.rank}.{key}"] = tensor
+        parts = split(state)
+        parts.tensors |= rng.named(self.run.rank)
         final = layout.step_folder(self.directory, step)
         temporary = self._prepare(final)
-        save = self._submit(tensors, values, step, temporary, final)
+        save = self._submit(parts, step, temporary, final)
         self._guard.watch(save)
         return save
+
+    def own(self) -> None:
+        """Take the directory for this run, and clean up behind an interrupted one (rank 0).
+
+        Raises:
+            CheckpointError: when another job saves into it.
+        """
+        if self._lock is None:
+            self._lock = layout.Lock(self.directory)
+            layout.remove_leftovers(self.directory)
 
     def wait(self) -> None:
         """Wait until the last submitted checkpoint is durable.
@@ -154,7 +180,8 @@ class Checkpoints:
         Args:
             state: the objects to fill; it may be a part of what was saved. Optimizers come with
                 their model. Any number of ranks can load what any other number saved.
-            path: a checkpoint folder, or ``None`` for the newest valid one of this run.
+            path: a checkpoint folder, or ``None`` for the newest valid one of this run. What
+                another program wrote can be loaded too, if a format reads it and the names fit.
 
         Raises:
             CheckpointError: when there is none, or it is damaged, or lacks what ``state`` needs.
@@ -166,16 +193,27 @@ class Checkpoints:
             remarks += [f"skipped {reason}" for reason in skipped]
         else:
             folder = Path(path)
-            manifest = Manifest.read(folder)
-        tensors, _ = split(state)
-        generators = self._generators_to_load(manifest)
-        self._read(folder, manifest, tensors | generators)
+            manifest = manifest_of(folder, self.run)
+        reader = open_reader(folder, manifest, self.run)
+        saved = reader.read_metadata().state_dict_metadata
+        try:
+            tensors = room(state, saved, manifest.values)
+        except CheckpointError as error:
+            raise CheckpointError(f"cannot load {folder}", why=error.what) from None
+        generators = rng.room(self.run.rank, saved)
+        read(folder, reader, tensors | generators, self._group)
         restore(state, tensors, manifest.values)
-        remarks += self._restore_generators(manifest, generators)
+        if manifest.world_size:
+            rng.bring_back(self.run.rank, manifest.step, generators)
+        if manifest.world_size not in (0, self.run.world_size):
+            remarks.append(_ranks_remark(manifest.world_size, self.run.world_size))
         remarks += manifest.differences(self.run.describe())
         for remark in remarks if self.run.is_main else ():
             logger.warning("%s", remark)
-        return Loaded(manifest.step, folder, loaded_values(state, manifest.values), tuple(remarks))
+        if path is None:
+            self._went_back_to = manifest.step
+        values = loaded_values(state, tensors, manifest.values)
+        return Loaded(manifest.step, folder, values, tuple(remarks))
 
     def close(self) -> None:
         """Wait for the last checkpoint and give the directory up.
@@ -186,6 +224,7 @@ class Checkpoints:
         try:
             self.wait()
         finally:
+            self._writing.shutdown()
             self._guard.release()
             if self._lock is not None:
                 self._lock.release()
@@ -196,97 +235,41 @@ class Checkpoints:
         problem = ""
         if self.run.is_main:
             try:
-                if self._lock is None:
-                    self._lock = layout.Lock(self.directory)
-                    layout.remove_leftovers(self.directory)
+                self.own()
+                if self._went_back_to is not None:
+                    for path in layout.set_aside(self.directory, self._went_back_to):
+                        logger.warning("a later checkpoint is set aside: %s", path)
                 if final.exists():
                     raise CheckpointError(f"{final} exists already")
-            except CheckpointError as error:
+            except (CheckpointError, OSError) as error:
                 problem = str(error)
+        self._went_back_to = None
         token, problem = self.run.ranks.gather((uuid.uuid4().hex[:8], problem))[0]
         if problem:
             raise CheckpointError(problem)
         return final.with_name(f"{final.name}{TEMPORARY}{token}")
 
-    def _submit(
-        self,
-        tensors: dict[str, Tensor],
-        values: dict[str, Any],
-        step: int,
-        temporary: Path,
-        final: Path,
-    ) -> Save:
+    def _submit(self, parts: Parts, step: int, temporary: Path, final: Path) -> Save:
         chosen = self.format().value
-        assert chosen.writer is not None
         run = {**self.run.describe(), "settings": self.run.settings_tree()}
 
         def commit() -> None:
             sizes = layout.file_sizes(temporary)
-            manifest = Manifest(step, chosen.name, self.run.world_size, values, run, sizes)
-            manifest.write(temporary)
+            world = self.run.world_size
+            Manifest(step, chosen.name, world, parts.values, run, sizes).write(temporary)
             publish(temporary, final)
             layout.prune(self.directory, self.settings.keep)
 
-        inner = chosen.writer(temporary, self.run)
-        response = async_save(
-            tensors,
-            storage_writer=CommittingWriter(inner, commit),
-            planner=chosen.planner(self.run) if chosen.planner else None,
-            async_stager=inner if isinstance(inner, AsyncStager) else None,
-            process_group=self._group,
-            no_dist=self.run.world_size == 1,
-        )
-        if isinstance(response, AsyncSaveResponse):
-            staged, written = response.staging_completion, response.upload_completion
-            return Save(step, final, temporary, staged, written)
-        at_once: Future[None] = Future()
-        at_once.set_result(None)
-        return Save(step, final, temporary, at_once, response)
-
-    def _read(self, folder: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> None:
-        chosen = choose(
-            "checkpoint format",
-            manifest.format,
-            self.formats(),
-            lambda f: "" if f.reader else "it cannot be read",
-        ).value
-        assert chosen.reader is not None
-        reader = chosen.reader(folder, self.run)
-        reader.read_metadata()  # refuses what is damaged or hostile before DCP logs tracebacks
-        try:
-            load(
-                tensors,
-                storage_reader=reader,
-                planner=SafeLoadPlanner(),
-                process_group=self._group,
-                no_dist=self.run.world_size == 1,
-            )
-        except CheckpointException as error:
-            raise CheckpointError(f"cannot load {folder}", why=root_cause(error)) from error
-
-    def _generators_to_load(self, manifest: Manifest) -> dict[str, Tensor]:
-        if self.run.rank >= manifest.world_size:
-            return {}
-        return {f"{_RNG}.{self.run.rank}.{k}": t for k, t in rng.capture().items()}
-
-    def _restore_generators(
-        self, manifest: Manifest, loaded: Mapping[str, Tensor]
-    ) -> tuple[str, ...]:
-        if loaded:
-            prefix = f"{_RNG}.{self.run.rank}."
-            rng.restore({key.removeprefix(prefix): t for key, t in loaded.items()})
-        else:
-            rng.derive(0, manifest.step, self.run.rank)
-        if manifest.world_size == self.run.world_size:
-            return ()
-        return (
-            f"saved by {manifest.world_size} ranks, loaded by {self.run.world_size}: "
-            "random numbers of ranks without a saved state start from (step, rank)",
-        )
+        writing = Writing(chosen, temporary, self.run, self._group)
+        staged = writing.stage(parts)
+        return Save(step, final, temporary, staged, self._writing.submit(writing.write, commit))
 
     def _announce(self, save: Save) -> None:
         self.run.emit(CheckpointSaved(step=save.step, path=save.path))
 
 
-def _nearest_existing(path: Path) -> Path:
-    return next(folder for folder in [path, *path.absolute().parents] if folder.exists())
+def _ranks_remark(saved: int, now: int) -> str:
+    return (
+        f"saved by {saved} ranks, loaded by {now}: random numbers of ranks without a saved state "
+        "start from (step, rank)"
+    )

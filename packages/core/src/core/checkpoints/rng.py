@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
+
+NAME = "rng"
+"""Name of the random state in every checkpoint; below it the rank and the generator."""
+
+
+def named(rank: int) -> dict[str, Tensor]:
+    """The captured state of this rank, by names in a checkpoint."""
+    return {f"{NAME}.{rank}.{key}": tensor for key, tensor in capture().items()}
+
+
+def room(rank: int, saved: Container[str]) -> dict[str, Tensor]:
+    """Tensors for those states that the checkpoint has; it may come from a machine without GPU."""
+    return {name: tensor for name, tensor in named(rank).items() if name in saved}
+
+
+def bring_back(rank: int, step: int, loaded: Mapping[str, Tensor]) -> None:
+    """Restore this rank's generators, or derive new ones for a rank that was not there."""
+    if loaded:
+        restore({name.rpartition(".")[2]: tensor for name, tensor in loaded.items()})
+    else:
+        derive(step, rank)
 
 
 def capture() -> dict[str, Tensor]:
@@ -44,9 +65,9 @@ def _doubles(*values: float) -> Tensor:
     return torch.tensor([float(value) for value in values], dtype=torch.float64)
 
 
-def derive(seed: int, step: int, rank: int) -> None:
+def derive(step: int, rank: int) -> None:
     """Seed all generators anew for a rank that the checkpoint does not know."""
-    mixed = int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+    mixed = int(np.random.SeedSequence([step, rank]).generate_state(1)[0])
     random.seed(mixed)
     np.random.seed(mixed)
     torch.manual_seed(mixed)

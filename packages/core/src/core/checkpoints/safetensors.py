@@ -75,17 +75,17 @@ class Entry:
 
 def reader(path: Path, run: Run) -> SafetensorsReader:
     """Open a safetensors file, or a folder of them."""
-    return SafetensorsReader(path, run.checkpoints.storage().value.source(path))
+    return SafetensorsReader(path, run.checkpoints.storage(path).value.source(path))
 
 
 def writer(path: Path, run: Run) -> SafetensorsWriter:
-    """Write one safetensors file into a new folder, which appears when it is complete."""
+    """Write one safetensors file into a folder."""
     if run.world_size > 1:
         raise CheckpointError(
             "safetensors files hold whole tensors, and this run has several ranks",
             fix="save as dcp and use `core convert`",
         )
-    return SafetensorsWriter(path, run.checkpoints.storage().value.sink(path))
+    return SafetensorsWriter(path, run.checkpoints.storage(path).value.sink(path))
 
 
 class SafetensorsReader(StorageReader):
@@ -216,6 +216,7 @@ class SafetensorsWriter(StorageWriter):
             self._sink.write_at(FILE, 0, header)
             for item in items:
                 self._write(item, entries[item.index.fqn].begin, planner)
+            self._sink.commit()
         except BaseException:
             self._sink.abort()
             raise
@@ -229,7 +230,7 @@ class SafetensorsWriter(StorageWriter):
         self._sink.write_at(FILE, offset, memory(tensor.detach().cpu().contiguous()))
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        self._sink.commit()
+        pass
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:

@@ -8,10 +8,6 @@ from concurrent.futures import Future, TimeoutError as FutureTimeout
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
-from torch.futures import Future as TorchFuture
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
@@ -132,44 +128,6 @@ class StepGuard:
             self.wait()
         else:
             self._pending.staged()
-
-
-class CommittingWriter(StorageWriter):
-    """Passes everything to a format's writer, and commits when that one has finished.
-
-    ``finish`` runs on the coordinator only, after all ranks have written, and DCP tells all ranks
-    how it went: a commit placed there is a commit on every rank.
-    """
-
-    def __init__(self, inner: StorageWriter, commit: Callable[[], None]) -> None:
-        self.inner = inner
-        self._commit = commit
-
-    def reset(self, checkpoint_id: Any = None) -> None:
-        self.inner.reset(checkpoint_id)
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        self.inner.set_up_storage_writer(is_coordinator, *args, **kwargs)
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return self.inner.prepare_local_plan(plan)
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return self.inner.prepare_global_plan(plans)
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
-        return self.inner.write_data(plan, planner)
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        self.inner.finish(metadata, results)
-        self._commit()
-
-    def storage_meta(self) -> StorageMeta | None:
-        return self.inner.storage_meta()
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return True
 
 
 def root_cause(error: BaseException) -> str:

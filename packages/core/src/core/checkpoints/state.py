@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
@@ -14,8 +14,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from core.checkpoints.values import Encoded, decode, encode, room_for
 from core.errors import CheckpointError
 
 State = Mapping[str, Any]
@@ -33,134 +35,169 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any], /) -> object: ...
 
 
-def split(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Flatten ``state`` into tensors by dotted key, and JSON values by dotted key.
+@dataclass
+class Parts:
+    """A state taken apart.
+
+    Attributes:
+        tensors: by dotted name.
+        values: encoded plain values by dotted name.
+        stable: names of the tensors that only an optimizer step changes: parameters, and the
+            state of optimizers.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Encoded] = field(default_factory=dict)
+    stable: set[str] = field(default_factory=set)
+
+
+def split(state: State) -> Parts:
+    """Take a state apart for saving.
 
     Parameters keep their plain names whatever wraps the model (DDP, FSDP2), and optimizer state is
     keyed by parameter name, so that another number of ranks can load it.
 
     Raises:
-        CheckpointError: for a value that is neither a tensor nor JSON, naming its key.
+        CheckpointError: for a value that a checkpoint cannot hold, naming its key.
     """
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
+    parts = Parts()
     for name, part in state.items():
-        for key, leaf in _leaves(name, _state_dict(state, name, part)):
-            if isinstance(leaf, Tensor):
-                tensors[key] = leaf
-            else:
-                values[key] = encode(leaf, key)
-    return tensors, values
+        inside = [other for other in state if other.startswith(f"{name}.")]
+        if inside:
+            raise CheckpointError(
+                f"{name!r} and {inside[0]!r} cannot be told apart", fix="rename one"
+            )
+        if isinstance(part, Tensor):
+            parts.tensors[name] = part
+        elif isinstance(part, nn.Module | Optimizer):
+            found = _flat(state, name, part)
+            for key, leaf in found.items():
+                if isinstance(leaf, Tensor):
+                    parts.tensors[key] = leaf
+                else:
+                    parts.values[key] = encode(leaf, key, parts.tensors)
+            parts.stable |= _stable(part, found)
+        else:
+            parts.values[name] = encode(_plain(part), name, parts.tensors)
+    return parts
 
 
-def restore(state: State, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    """Put loaded tensors and values back into the live objects of ``state``.
+def room(state: State, saved: Iterable[str], values: Mapping[str, Encoded]) -> dict[str, Tensor]:
+    """Tensors to read a checkpoint into, by name; nothing of ``state`` is changed yet.
+
+    What a model or an optimizer is made of must be in the checkpoint as a whole, and the other way
+    round. The structure of everything else is that of the checkpoint.
+
+    Args:
+        state: the live objects.
+        saved: names of all tensors in the checkpoint.
+        values: its encoded plain values.
 
     Raises:
-        CheckpointError: for a value that ``state`` has and the checkpoint lacks.
+        CheckpointError: naming everything that one side has and the other lacks.
     """
+    targets: dict[str, Tensor] = {}
+    problems: list[str] = []
+    known = {*saved, *values}
     for name, part in state.items():
         if isinstance(part, Tensor):
-            part.copy_(tensors[name])
-        elif isinstance(part, nn.Module):
-            set_model_state_dict(part, _rebuild(state, name, part, tensors, values))
-        elif isinstance(part, Optimizer):
-            filled = _rebuild(state, name, part, tensors, values)
-            set_optimizer_state_dict(_owner(state, part), part, filled, options=_OPTIMIZER)
+            targets[name] = part
+            problems += [] if name in known else [f"it has no {name}"]
+        elif isinstance(part, nn.Module | Optimizer):
+            live = _flat(state, name, part)
+            targets |= {key: leaf for key, leaf in live.items() if isinstance(leaf, Tensor)}
+            below = {key for key in known if key.startswith(f"{name}.")}
+            problems += _listed("it has no", live.keys() - known)
+            problems += _listed(f"{type(part).__name__} takes no", below - live.keys())
+        elif name in values:
+            targets |= room_for(values[name], _plain(part))
+        else:
+            problems.append(f"it has no {name}")
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    return targets
+
+
+def restore(state: State, tensors: Mapping[str, Tensor], values: Mapping[str, Encoded]) -> None:
+    """Put what was read into :func:`room` back into the live objects of ``state``."""
+    for name, part in state.items():
+        if isinstance(part, nn.Module | Optimizer):
+            filled = {
+                key.removeprefix(f"{name}."): tensors[key] if key in tensors else decode(v, tensors)
+                for key, v in {**tensors, **values}.items()
+                if key.startswith(f"{name}.")
+            }
+            if isinstance(part, nn.Module):
+                set_model_state_dict(part, filled)
+            else:
+                owner = _owner(state, part)
+                set_optimizer_state_dict(owner, part, cast(Any, filled), options=_OPTIMIZER)
         elif isinstance(part, Stateful):
-            part.load_state_dict(_rebuild(state, name, part, tensors, values))
+            part.load_state_dict(decode(values[name], tensors))
         elif isinstance(part, dict):
-            part.update(_rebuild(state, name, part, tensors, values))
+            part.clear()
+            part.update(decode(values[name], tensors))
 
 
-def loaded_values(state: State, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The plain values of ``state`` (numbers, strings) as the checkpoint has them."""
-    plain = (name for name, part in state.items() if not isinstance(part, Tensor | Mapping))
-    return {name: decode(values[name]) for name in plain if name in values}
+def loaded_values(
+    state: State, tensors: Mapping[str, Tensor], values: Mapping[str, Encoded]
+) -> dict[str, Any]:
+    """The entries of ``state`` that are filled nowhere else: numbers, strings, lists, ``None``."""
+    elsewhere = (Tensor, nn.Module, Optimizer, Stateful, dict)
+    plain = (name for name, part in state.items() if not isinstance(part, elsewhere))
+    return {name: decode(values[name], tensors) for name in plain}
 
 
-def _state_dict(state: State, name: str, part: Any) -> Any:
+def _flat(state: State, name: str, part: nn.Module | Optimizer) -> dict[str, Any]:
+    found: Mapping[str, Any]
     if isinstance(part, nn.Module):
-        return get_model_state_dict(part)
-    if isinstance(part, Optimizer):
-        return get_optimizer_state_dict(_owner(state, part), part, options=_OPTIMIZER)
-    if isinstance(part, Stateful):
-        return part.state_dict()
-    return part
+        found = get_model_state_dict(part)
+    else:
+        fresh = not part.state
+        found = get_optimizer_state_dict(_owner(state, part), part, options=_OPTIMIZER)
+        if fresh:
+            _undo_first_step(part)
+    return {f"{name}.{key}": leaf for key, leaf in found.items()}
+
+
+def _undo_first_step(optimizer: Optimizer) -> None:
+    """Torch lets an optimizer without state take a step to get one; leave no trace of it."""
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"].zero_()
+    optimizer.state.clear()
+
+
+def _plain(part: Any) -> Any:
+    return part.state_dict() if isinstance(part, Stateful) else part
 
 
 def _owner(state: State, optimizer: Optimizer) -> nn.Module:
     """The module of ``state`` whose parameters ``optimizer`` steps."""
-    first = optimizer.param_groups[0]["params"][0]
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for part in state.values():
-        if isinstance(part, nn.Module) and any(p is first for p in part.parameters()):
+        if isinstance(part, nn.Module) and any(id(p) in stepped for p in part.parameters()):
             return part
     raise CheckpointError(
-        "an optimizer is saved without its model", fix="put the model into the same state"
+        "an optimizer comes without its model", fix="put the model into the same state"
     )
 
 
-def _leaves(prefix: str, tree: Any) -> Iterator[tuple[str, Any]]:
-    """Leaves of nested mappings; sequences are leaves unless they hold tensors."""
-    if isinstance(tree, Mapping):
-        for key, inner in tree.items():
-            yield from _leaves(f"{prefix}.{key}", inner)
-    elif isinstance(tree, list | tuple) and any(isinstance(item, Tensor) for item in tree):
-        for index, inner in enumerate(tree):
-            yield from _leaves(f"{prefix}.{index}", inner)
-    else:
-        yield prefix, tree
+def _stable(part: nn.Module | Optimizer, found: Mapping[str, Any]) -> set[str]:
+    tensors = {key: leaf for key, leaf in found.items() if isinstance(leaf, Tensor)}
+    if isinstance(part, Optimizer):
+        return set(tensors)
+    # By address: wrappers change the names of parameters, and state dicts their identity.
+    parameters = {_address(parameter) for parameter in part.parameters()}
+    return {key for key, tensor in tensors.items() if _address(tensor) in parameters}
 
 
-def _rebuild(
-    state: State, name: str, part: Any, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
-) -> dict[str, Any]:
-    def fill(prefix: str, tree: Any) -> Any:
-        if isinstance(tree, Mapping):
-            return {key: fill(f"{prefix}.{key}", inner) for key, inner in tree.items()}
-        if isinstance(tree, list | tuple) and any(isinstance(item, Tensor) for item in tree):
-            return type(tree)(fill(f"{prefix}.{i}", inner) for i, inner in enumerate(tree))
-        if isinstance(tree, Tensor):
-            return tensors[prefix]
-        if prefix not in values:
-            raise CheckpointError(f"the checkpoint has no value {prefix!r}")
-        return decode(values[prefix])
-
-    return cast(dict[str, Any], fill(name, _state_dict(state, name, part)))
+def _address(tensor: Tensor) -> int:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.data_ptr()
 
 
-def encode(value: Any, key: str) -> Any:
-    """Encode a value as JSON that :func:`decode` turns back into an equal one.
-
-    Raises:
-        CheckpointError: for a value that JSON cannot hold, naming ``key``.
-    """
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else {"float": repr(value)}
-    if isinstance(value, tuple):
-        return {"tuple": [encode(item, key) for item in value]}
-    if isinstance(value, list):
-        return [encode(item, key) for item in value]
-    if isinstance(value, Mapping) and all(isinstance(k, str) for k in value):
-        return {"dict": {k: encode(v, f"{key}.{k}") for k, v in value.items()}}
-    raise CheckpointError(
-        f"{key!r} is a {type(value).__name__}, which a checkpoint cannot hold",
-        why="checkpoints hold tensors, numbers, strings, and lists and dicts of them",
-        fix="leave it out of state_dict(), or store what rebuilds it",
-    )
-
-
-def decode(value: Any) -> Any:
-    """Turn what :func:`encode` made back into the value."""
-    if isinstance(value, list):
-        return [decode(item) for item in value]
-    if isinstance(value, dict):
-        ((kind, content),) = value.items()
-        if kind == "tuple":
-            return tuple(decode(item) for item in content)
-        if kind == "float":
-            return float(content)
-        return {key: decode(item) for key, item in content.items()}
-    return value
+def _listed(what: str, keys: Iterable[str]) -> list[str]:
+    found = sorted(keys)
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    return [f"{what} {', '.join(found[:5])}{more}"] if found else []

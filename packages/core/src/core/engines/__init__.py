@@ -90,7 +90,8 @@ class Engine(Protocol):
     """Generates tokens for many requests at once.
 
     An engine is built on a live module and copies no parameter: when training changes the module,
-    the next step of the engine uses the changed weights.
+    the next step of the engine uses the changed weights. ``run.engine`` tells it of every step of
+    an optimizer over its module; an engine that refuses a model leaves it as it was.
 
     Example::
 
@@ -124,6 +125,12 @@ class Engine(Protocol):
             EngineError: for an unknown name or another shape; nothing is changed then.
         """
 
+    def weights_changed(self) -> None:
+        """Note that the module's weights were changed in place: raise the version of tokens.
+
+        Core calls it after optimizer steps; whoever writes weights in another way calls it too.
+        """
+
     def close(self) -> None:
         """Give back everything, and leave the module as it was before the engine was built."""
 
@@ -146,20 +153,29 @@ class Completion:
 
 
 def generate(
-    engine: Engine, prompts: Iterable[Sequence[int]], sampling: Sampling | None = None
+    engine: Engine, prompts: Iterable[Sequence[int] | Request], sampling: Sampling | None = None
 ) -> list[Completion]:
     """Answer prompts with any engine, in the order given.
 
     Args:
         engine: an engine with nothing else queued.
-        prompts: token ids of each prompt.
-        sampling: for all prompts; greedy unless given.
+        prompts: token ids of each prompt, or requests that bring their own sampling.
+        sampling: for all prompts that are no requests; greedy unless given.
 
     Raises:
         EngineError: when the engine stops before all requests have ended.
+
+    Example::
+
+        drawn = [Sampling(temperature=1.0, seed=seed) for seed in range(4)]
+        answers = generate(engine, [Request(prompt=[1, 2, 3], sampling=s) for s in drawn])
     """
     wanted = sampling or Sampling()
-    order = [engine.add(Request(prompt=prompt, sampling=wanted)) for prompt in prompts]
+    requests = [
+        prompt if isinstance(prompt, Request) else Request(prompt=prompt, sampling=wanted)
+        for prompt in prompts
+    ]
+    order = [engine.add(request) for request in requests]
     tokens: dict[int, list[Token]] = {request: [] for request in order}
     while made := engine.step():
         for token in made:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from core.engines import FinishReason, Request, Token
+from core.engines import Request, Token
+from core.engines.common import check_request, evaluating, finish_reason, replace_weights
 from core.engines.sampling import draw
-from core.errors import EngineError
-from core.identity import CacheIdentity
+from core.equivalence import decoder
+from core.errors import EngineError, ModelError
+from core.identity import CacheIdentity, identity_of
+from core.positions.rotary import Rotary
 
 if TYPE_CHECKING:
     from core.run import Run
@@ -26,8 +28,10 @@ class _Active:
 
     request: Request
     generator: torch.Generator
+    tokens: list[int]
     cache: Any = None
-    pending: list[int] = field(default_factory=list)
+    cached: int = 0
+    regime: tuple[int, ...] = ()
     made: int = 0
     cancelled: bool = False
 
@@ -50,18 +54,18 @@ class PlainEngine:
         self._ids = itertools.count(1)
         self._active: dict[int, _Active] = {}
         self._weights = 0
+        self._regimes = _Regimes(model)
 
     @property
     def identity(self) -> CacheIdentity:
         """Everything that keys and values of this engine depend on."""
-        return CacheIdentity(weights=str(self._weights))
+        return identity_of(self.model, str(self._weights))
 
     def add(self, request: Request) -> int:
-        self._check(request)
+        check_request(self._config, request)
         generator = torch.Generator().manual_seed(request.sampling.seed)
-        active = _Active(request, generator, pending=list(request.prompt))
         number = next(self._ids)
-        self._active[number] = active
+        self._active[number] = _Active(request, generator, list(request.prompt))
         return number
 
     def cancel(self, request: int) -> None:
@@ -76,17 +80,10 @@ class PlainEngine:
         return made
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        own = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        given = dict(tensors)
-        for name, tensor in given.items():
-            if name not in own:
-                raise EngineError(f"the model has no weight {name!r}")
-            if own[name].shape != tensor.shape:
-                shapes = f"{tuple(tensor.shape)}, not {tuple(own[name].shape)}"
-                raise EngineError(f"the weight {name!r} has the shape {shapes}")
-        with torch.no_grad():
-            for name, tensor in given.items():
-                own[name].copy_(tensor)
+        replace_weights(self.model, tensors)
+        self.weights_changed()
+
+    def weights_changed(self) -> None:
         self._weights += 1
 
     def close(self) -> None:
@@ -98,65 +95,62 @@ class PlainEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _check(self, request: Request) -> None:
-        prompt, longest = request.prompt, getattr(self._config, "max_position_embeddings", None)
-        if not prompt:
-            raise EngineError("the prompt is empty", fix="give at least one token")
-        wrong = [i for i in prompt if not 0 <= i < self._config.vocab_size]
-        if wrong:
-            raise EngineError(f"token {wrong[0]} is not in 0..{self._config.vocab_size - 1}")
-        new = request.sampling.max_new_tokens
-        if longest is not None and len(prompt) + new > longest:
-            raise EngineError(
-                f"{len(prompt)} prompt tokens and {new} new ones do not fit",
-                why=f"the model holds {longest}",
-            )
-        if request.extras:
-            raise EngineError(f"the plain engine does not know {', '.join(request.extras)}")
-
     def _advance(self, number: int, active: _Active) -> Token:
         """Run one request by one token."""
+        version = self._weights
         if active.cancelled:
-            return Token(request=number, id=-1, finish="cancelled", weights=self._weights)
+            return Token(request=number, id=-1, finish="cancelled", weights=version)
         logits = self._forward(active)
         if not torch.isfinite(logits).all():
-            return Token(request=number, id=-1, finish="error", weights=self._weights)
-        token, logprob = draw(logits, active.request.sampling, active.generator)
-        active.pending = [token]
+            return Token(request=number, id=-1, finish="error", weights=version)
+        sampling = active.request.sampling
+        token, logprob = draw(logits, sampling, active.generator)
+        active.tokens.append(token)
         active.made += 1
-        finish: FinishReason | None = None
-        if token in active.request.sampling.stop_ids:
-            finish = "stop"
-        elif active.made >= active.request.sampling.max_new_tokens:
-            finish = "length"
-        return Token(
-            request=number, id=token, logprob=logprob, finish=finish, weights=self._weights
-        )
+        finish = finish_reason(sampling, token, active.made)
+        return Token(request=number, id=token, logprob=logprob, finish=finish, weights=version)
 
     def _forward(self, active: _Active) -> Tensor:
-        """Logits of the last pending token, float32 on the CPU; the cache grows by all of them."""
+        """Logits of the last token, float32 on the CPU; the cache grows by all it did not hold."""
+        regime = self._regimes.at(len(active.tokens))
+        if regime != active.regime:
+            # Keys of other frequencies, and all that later layers made of them, are of no use.
+            active.cache, active.cached, active.regime = None, 0, regime
         device = next(self.model.parameters()).device
-        ids = torch.tensor([active.pending], device=device)
-        with _evaluating(self.model), torch.no_grad():
+        ids = torch.tensor([active.tokens[active.cached :]], device=device)
+        with evaluating(self.model):
             out = self.model(
                 input_ids=ids, past_key_values=active.cache, use_cache=True, logits_to_keep=1
             )
-        active.cache = out.past_key_values
+        active.cache, active.cached = out.past_key_values, len(active.tokens)
         logits: Tensor = out.logits[0, -1].float().cpu()
         return logits
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
-    """Without dropout; modules that were training go on doing so afterwards."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+class _Regimes:
+    """Which rotary frequencies hold for how many tokens, over all layers of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._attentions: list[nn.Module] = []
+        try:
+            self._rotary = Rotary.of(model)
+        except ModelError:
+            return  # Without a rotary embedding that tells, no length changes anything.
+        self._attentions = [
+            module
+            for module in decoder(model).modules()
+            if "Attention" in type(module).__name__ and hasattr(module, "layer_idx")
+        ]
+
+    def at(self, length: int) -> tuple[int, ...]:
+        """Return what equals that of another length where one cache serves both."""
+        return tuple(self._of(module, length) for module in self._attentions)
+
+    def _of(self, module: nn.Module, length: int) -> int:
+        now, soon = (self._rotary.regime(module, tokens) for tokens in (length, length + 1))
+        # Frequencies that drift with every token (dynamic) are no regime: model.generate keeps its
+        # cache then, and so does this engine.
+        return 0 if (now, soon) == (length, length + 1) else now
 
 
 def build(model: nn.Module, run: Run) -> PlainEngine:

@@ -9,12 +9,18 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from core.attention import is_ours, register_attention, switch_attention
+from core.attention import (
+    is_ours,
+    refuse_unknown,
+    register_attention,
+    rotates_itself,
+    switch_attention,
+)
 from core.contributions import MODEL, Phase, Transform
 from core.equivalence import decoder, record, require_calls, require_equivalent
 from core.errors import CoreError, ModelError
 from core.positions.policy import ModelPositions, Positions
-from core.positions.rotary import Rotary
+from core.positions.rotary import Rotary, Unrotated
 from core.positions.rotation import Rotation, in_force
 
 if TYPE_CHECKING:
@@ -22,6 +28,9 @@ if TYPE_CHECKING:
 
 ATTENTION = "core_positions"
 """Registered name of the attention that a policy brings to models with a stock one."""
+
+# The mask holds the window.
+_HONOURED = frozenset({"scaling", "dropout", "is_causal", "sliding_window"})
 
 
 @contextmanager
@@ -90,22 +99,23 @@ def positions_transform(
 def unrotated(model: nn.Module) -> Generator[Rotary]:
     """Let a model hand over unrotated queries and keys, and get its own rotation.
 
-    For engines that keep a store of keys and apply a policy themselves.
+    For engines that keep a store of keys and apply a policy themselves, in an attention that is
+    registered with ``rotates=True``. A pass with another attention is refused.
 
     Raises:
-        ModelError: as :func:`positions`.
+        ModelError: as :func:`positions`, and where a policy is in force already.
 
     Example::
 
-        with unrotated(model) as rotary:
+        with unrotated(model) as rotary, use_attention(model, "core_hello"):
             ...
     """
+    _refuse_nesting(model)
     rotary = Rotary.of(model)
-    undo = rotary.replace()
-    try:
+    with ExitStack() as stack:
+        stack.callback(rotary.replace())
+        stack.callback(rotary.owner.register_forward_pre_hook(_rotates_itself).remove)
         yield rotary
-    finally:
-        undo()
 
 
 def _apply(
@@ -124,8 +134,7 @@ def _install(
     model: nn.Module, policy: Positions, verify: bool, tolerance: float | None
 ) -> ExitStack:
     """Put a policy in force; closing the result puts everything back."""
-    if in_force(decoder(model)) is not None:
-        raise ModelError(f"{type(model).__name__} already has a policy of positions in force")
+    _refuse_nesting(model)
     rotation = Rotation(ModelPositions(), Rotary.of(model))
     before = record(model) if verify else None
     with ExitStack() as stack:
@@ -138,6 +147,23 @@ def _install(
             _prove(model, before, name, tolerance)
         rotation.policy = policy
         return stack.pop_all()
+
+
+def _refuse_nesting(model: nn.Module) -> None:
+    inner, name = decoder(model), type(model).__name__
+    if in_force(inner) is not None:
+        raise ModelError(f"{name} already has a policy of positions in force")
+    if any(isinstance(module, Unrotated) for module in inner.modules()):
+        raise ModelError(f"{name} already hands over unrotated queries and keys")
+
+
+def _rotates_itself(owner: nn.Module, *_: Any) -> None:
+    """Forward pre-hook: any other attention would attend without positions."""
+    name = str(cast(Any, owner.config)._attn_implementation)
+    if not rotates_itself(name):
+        why = f"attention {name!r} does not rotate"
+        fix = "use one that is registered with rotates=True"
+        raise ModelError(f"{type(owner).__name__} hands over unrotated keys", why=why, fix=fix)
 
 
 def _heeds_positions(owner: nn.Module, *_: Any) -> None:
@@ -179,8 +205,7 @@ def _attend(
     """Attend as transformers' sdpa does, and refuse what that would leave out."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if kwargs.get("s_aux") is not None:
-        raise ModelError(f"{type(module).__name__} has attention sinks", why="sdpa ignores them")
+    refuse_unknown(module, kwargs, _HONOURED)
     result: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
         module, query, key, value, mask, **kwargs
     )

@@ -10,20 +10,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from core.errors import ModelError
+from core.positions.policy import ModelPositions, Positions
 from core.positions.rotary import Rotary
 from core.positions.tokens import RequestState, Tokens
-
-if TYPE_CHECKING:
-    from core.positions.policy import Positions
+from core.positions.visible import last_real, visible
 
 _MARK = "_core_rotation"
+
+BATCH_ARGUMENT = "core_batch"
+"""Keyword argument that tells an attention function which batch its tokens belong to."""
 
 
 class Batch:
@@ -105,9 +107,12 @@ class Rotation:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def before(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(
+        self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Forward pre-hook of the decoder: find the batch that this pass continues."""
-        names = list(inspect.signature(owner.forward).parameters)
+        parameters = inspect.signature(owner.forward).parameters
+        names = list(parameters)
         given = dict(zip(names, args, strict=False)) | kwargs
         cache, mask = given.get("past_key_values"), given.get("attention_mask")
         past = int(cache.get_seq_length()) if cache is not None else 0
@@ -124,6 +129,10 @@ class Rotation:
         is_padding = isinstance(mask, Tensor) and mask.dim() == 2
         self._current.mask = mask.bool() if is_padding else None  # type: ignore[union-attr]
         self._placed = False
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return args, kwargs
+        # On its way through the layers, as a replay for a backward pass comes after other batches.
+        return args, {**kwargs, BATCH_ARGUMENT: self._current}
 
     def place(self, unrotated: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the replaced embedding: learn the positions of the new tokens."""
@@ -142,8 +151,26 @@ class Rotation:
             if hasattr(value, "get_seq_length") and self._current is not None:
                 self._batches.setdefault(value, self._current)
 
+    def batch(self, module: nn.Module, kwargs: Mapping[str, Any]) -> Batch:
+        """Return the batch that a call of an attention function belongs to.
+
+        In the replays of gradient checkpointing that is not the last one that was begun.
+
+        Args:
+            module: the attention module.
+            kwargs: keyword arguments of the call, as they came.
+
+        Raises:
+            ModelError: outside of the model.
+        """
+        # A few families do not pass arguments on: theirs is the last batch.
+        batch: Batch | None = kwargs.get(BATCH_ARGUMENT) or self._current
+        if batch is None or batch.positions is None:
+            raise ModelError(f"{type(module).__name__} was called outside of its model")
+        return batch
+
     def turn(
-        self, module: nn.Module, query: Tensor, key: Tensor, mask: Any, position_ids: Any
+        self, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """Rotate the queries and all keys of one layer by the policy.
 
@@ -151,19 +178,27 @@ class Rotation:
             module: the attention module.
             query: (B, H, Tq, D), not rotated.
             key: (B, Hkv, Tk, D), not rotated, with all cached ones.
-            mask: the layer's mask, if it is a tensor.
-            position_ids: (B, Tq) as the layer was given them, if it was.
+            mask: the layer's mask; a policy reads a tensor or a
+                :class:`~core.positions.visible.ReadableMask`.
+            kwargs: keyword arguments of the attention function, as they came.
+
+        Raises:
+            ModelError: for a prompt in pieces under a policy that must see it whole, and for a
+                mask that the policy cannot read.
+
+        Example::
+
+            query, key = in_force(module).turn(module, query, key, mask, kwargs)
         """
-        batch = self._current
-        if batch is None or batch.positions is None:
-            raise ModelError(f"{type(module).__name__} was called outside of its model")
-        length = query.shape[2]
+        batch = self.batch(module, kwargs)
+        assert batch.positions is not None
+        position_ids, length = kwargs.get("position_ids"), query.shape[2]
         own = batch.positions[:, -length:]
-        # Replays of gradient checkpointing come late: then the layer knows better where it stands.
+        # A layer run in chunks, or again after its cache grew, knows better where it stands.
         if isinstance(position_ids, Tensor) and position_ids.shape[-1] == length:
             own = position_ids.expand(query.shape[0], -1)
         keys = own if key.shape[2] == length else batch.last(key.shape[2])
-        self._begin(batch, module, query, key, mask)
+        self._begin(batch, module, query, key, mask, kwargs)
         of_queries = Tokens(self.rotary, own, batch.requests)
         of_keys = Tokens(self.rotary, keys, batch.requests, keys=True)
         return self.policy.rotate(module, query, of_queries), self.policy.rotate(
@@ -171,17 +206,37 @@ class Rotation:
         )
 
     def _begin(
-        self, batch: Batch, module: nn.Module, query: Tensor, key: Tensor, mask: Any
+        self,
+        batch: Batch,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        mask: Any,
+        kwargs: Mapping[str, Any],
     ) -> None:
         if id(module) in batch.begun:
             return
+        self._require_whole(batch, module, query.shape[2])
         batch.begun.add(id(module))
+        if getattr(type(self.policy), "begin", None) is ModelPositions.begin:
+            return  # It decides nothing, so it may meet any mask.
         rows = torch.arange(query.shape[0], device=query.device)
-        last = _last_real(batch.mask, query)
-        visible = _visible(mask, batch.mask, last, key.shape[2])
+        last = last_real(batch.mask, query)
+        seen = visible(module, mask, batch.mask, last, key.shape[2], kwargs)
         # Decisions carry no gradient, and a replay for a backward pass does not take them again.
         query, key = query.detach()[rows, :, last].unsqueeze(2), key.detach()
-        self.policy.begin(module, query, key, visible, batch.requests)
+        self.policy.begin(module, query, key, seen, batch.requests)
+
+    def _require_whole(self, batch: Batch, module: nn.Module, length: int) -> None:
+        assert batch.positions is not None
+        whole = batch.positions.shape[1]
+        if self.policy.atomic_prefill and length != whole:
+            raise ModelError(
+                f"the policy of positions {self.policy.name!r} cannot begin",
+                why=f"it must see a prompt in one piece, and {type(module).__name__} was given "
+                f"{length} of {whole} tokens",
+                fix="turn off what runs the layer in chunks",
+            )
 
 
 def mark(model: nn.Module, rotation: Rotation | None) -> None:
@@ -203,27 +258,3 @@ def in_force(module: nn.Module) -> Rotation | None:
     """
     found: Rotation | None = vars(module).get(_MARK)
     return found
-
-
-def _last_real(padding: Tensor | None, query: Tensor) -> Tensor:
-    """(B,) index of the last token of each prompt among the queries."""
-    batch, length = query.shape[0], query.shape[2]
-    steps = torch.arange(length, device=query.device)
-    if padding is None:
-        return steps[-1:].expand(batch)
-    return torch.where(padding[:, :length].to(query.device), steps, 0).amax(dim=1)
-
-
-def _visible(mask: Any, padding: Tensor | None, last: Tensor, count: int) -> Tensor:
-    """(B, Tk) which keys the last token of each prompt sees."""
-    steps = torch.arange(count, device=last.device)
-    seen = steps <= last.unsqueeze(1)
-    if isinstance(mask, Tensor) and mask.dim() == 4:
-        shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
-        shown = shown.any(dim=1).expand(last.shape[0], -1, -1)
-        rows = torch.arange(last.shape[0], device=last.device)
-        return seen & shown[rows, last, :count]
-    if padding is not None:
-        padded = nn.functional.pad(padding, (0, max(0, count - padding.shape[1])))
-        seen = seen & padded[:, :count].to(last.device)
-    return seen

@@ -67,6 +67,13 @@ _NEEDS: Mapping[str, Mapping[str, Any]] = {
     "Qwen3": {"head_dim": 8},
     "T5": {"num_layers": 3, "d_kv": 8, "num_heads": 4, "d_model": 32},
 }
+_LONGROPE: Mapping[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 5.0, 9.0, 16.0],
+    "original_max_position_embeddings": 16,
+}
 _HEADS = {"GPT2": "LMHeadModel", "T5": "ForConditionalGeneration"}
 
 
@@ -127,11 +134,19 @@ def mistral(seed: int = 0, **changes: Any) -> nn.Module:
     return build("Mistral", seed=seed, **changes)
 
 
+def longrope(seed: int = 0, **changes: Any) -> nn.Module:
+    """Build a tiny Phi-3 whose rotary frequencies change beyond 16 tokens (longrope)."""
+    changes.setdefault("original_max_position_embeddings", 16)
+    changes.setdefault("rope_parameters", dict(_LONGROPE))
+    return build("Phi3", seed=seed, **changes)
+
+
 MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "llama": llama,
     "phi3": phi3,
     "qwen3": qwen3,
     "mistral": mistral,
+    "longrope": longrope,
 }
 """The tiny models by name."""
 

@@ -13,9 +13,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from core.checkpoints.planner import SafeLoadPlanner
+from core.checkpoints.reading import TensorPlanner
 from core.contributions import CheckpointFormat
 from core.errors import CoreError
+from core.storage import new_folder
 
 if TYPE_CHECKING:
     from core.run import Run
@@ -61,7 +62,7 @@ def sample() -> dict[str, Tensor]:
 
 
 def write(fmt: CheckpointFormat, path: Path, tensors: Mapping[str, Tensor], run: Run) -> None:
-    """Write a checkpoint.
+    """Write a checkpoint as a run does it: under the format's planner, into a folder of its own.
 
     Raises:
         CoreError: when the format refuses the tensors.
@@ -69,7 +70,10 @@ def write(fmt: CheckpointFormat, path: Path, tensors: Mapping[str, Tensor], run:
     """
     assert fmt.writer is not None
     try:
-        save(dict(tensors), storage_writer=fmt.writer(path, run), no_dist=True)
+        with new_folder(path) as folder:
+            planner = fmt.planner(run) if fmt.planner else None
+            writer = fmt.writer(folder, run)
+            save(dict(tensors), storage_writer=writer, planner=planner, no_dist=True)
     except (Exception, CheckpointException) as error:
         raise _clear(error, f"writing as {fmt.name!r}") from error
 
@@ -91,7 +95,7 @@ def read(
         reader = fmt.reader(path, run)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            load(found, storage_reader=reader, planner=SafeLoadPlanner(), no_dist=True)
+            load(found, storage_reader=reader, planner=TensorPlanner(), no_dist=True)
     except (Exception, CheckpointException) as error:
         raise _clear(error, f"reading as {fmt.name!r}") from error
     return found

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from core.contributions import EngineType
 from core.engines import Engine, Request, Sampling, Token, generate
 from core.errors import CoreError
+from core.identity import CacheIdentity
 from core.testing import tiny
 from core.testing.contract.answers import NEW, Ids, prompts_for, reference
 from core.testing.contract.check import Skip, checks_of, require
@@ -47,6 +48,26 @@ def live_weights(subject: Subject) -> None:
             list(found.ids)[:4] == reference(build, prompt, seed=_OTHER)[:4],
             f"{engine_type.name!r} does not see weights that changed in the module",
         )
+
+
+def weights_changed(subject: Subject) -> None:
+    """weights_changed() raises the version of tokens, and the identity where there is one."""
+    for engine_type, build in _pairs(subject):
+        model, other, prompt = build(), build(seed=_OTHER), prompts_for(build)[0]
+        with _engine(subject, engine_type, model) as engine:
+            before, salt = generate(engine, [prompt], _GREEDY)[0], _salt(engine)
+            with torch.no_grad():
+                for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+                    mine.copy_(theirs)
+            engine.weights_changed()
+            after = generate(engine, [prompt], _GREEDY)[0]
+            name = repr(engine_type.name)
+            other_salt = salt is None or salt != _salt(engine)
+            require(other_salt, f"{name} keeps its identity after weights_changed()")
+        newer = min(after.weights) > max(before.weights)
+        require(newer, f"{name} does not raise its version on weights_changed()")
+        seen = list(after.ids)[:4] == reference(build, prompt, seed=_OTHER)[:4]
+        require(seen, f"{name} answers with old weights after weights_changed()")
 
 
 def load_weights(subject: Subject) -> None:
@@ -180,15 +201,28 @@ def _pairs(subject: Subject) -> list[tuple[EngineType, Callable[..., nn.Module]]
     found, refusals = [], []
     for engine_type in subject.engines:
         for name, build in tiny.MODELS.items():
-            try:
-                _build(subject, engine_type, build()).close()
-            except CoreError as error:
-                refusals.append(f"{engine_type.name!r} refuses {name}: {error.why or error.what}")
+            why = _refusal(subject, engine_type, build())
+            if why:
+                refusals.append(f"{engine_type.name!r} refuses {name}: {why}")
             else:
                 found.append((engine_type, build))
     if not found:
         raise Skip("; ".join(refusals))
     return found
+
+
+def _refusal(subject: Subject, engine_type: EngineType, model: nn.Module) -> str:
+    before = _state(model)
+    reason = engine_type.works(model)
+    if not reason:
+        try:
+            _build(subject, engine_type, model).close()
+        except CoreError as error:
+            reason = error.why or error.what
+    # With ``auto`` another engine is built on the model that this one refused.
+    if _state(model) != before and reason:
+        raise AssertionError(f"{engine_type.name!r} changes a model that it refuses")
+    return reason
 
 
 def _build(subject: Subject, engine_type: EngineType, model: nn.Module) -> Engine:
@@ -204,6 +238,11 @@ def _engine(subject: Subject, engine_type: EngineType, model: nn.Module) -> Gene
             yield engine
         finally:
             engine.close()
+
+
+def _salt(engine: Engine) -> str | None:
+    found = getattr(engine, "identity", None)
+    return found.salt() if isinstance(found, CacheIdentity) else None
 
 
 def _drain(engine: Engine) -> list[Token]:
@@ -259,6 +298,7 @@ CHECKS = checks_of(
     "engines",
     greedy,
     live_weights,
+    weights_changed,
     load_weights,
     refuses,
     cancel,

@@ -8,7 +8,7 @@ import torch
 
 from core.equivalence import decoder_layers, record, require_equivalent
 from core.errors import ModelError
-from core.identity import CacheIdentity
+from core.identity import CacheIdentity, identity_of
 from core.positions.install import positions
 from core.positions.policy import ModelPositions
 from core.softmax import Partial, attend, merge
@@ -87,6 +87,19 @@ def identity(subject: Subject) -> None:
     first, second = ({"a": "1", "b": "2"}, {"b": "2", "a": "1"})
     same = CacheIdentity(extras=first).salt() == CacheIdentity(extras=second).salt()
     require(same, "the order of extras changes the salt")
+    for build in tiny.MODELS.values():
+        _identity_of_models(build(), build())
+
+
+def _identity_of_models(model: Any, same: Any) -> None:
+    wider = tiny.build("Llama", intermediate_size=64)
+    plain, kind = identity_of(model, "1").salt(), type(model).__name__
+    require(plain == identity_of(same, "1").salt(), f"two equal {kind} have two salts")
+    others = {plain, identity_of(model, "2").salt(), identity_of(wider, "1").salt()}
+    with positions(model, ModelPositions()):
+        others.add(identity_of(model, "1").salt())
+    require(len(others) == 4, f"other weights, config or positions leave the salt of {kind}")
+    require(plain == identity_of(model, "1").salt(), f"a lifted policy changes the salt of {kind}")
 
 
 def _gradient(result: Partial, tensor: torch.Tensor) -> torch.Tensor:

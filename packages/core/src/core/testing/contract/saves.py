@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +14,24 @@ from torch import Tensor, nn
 
 from core.contributions import CheckpointFormat
 from core.errors import CoreError
+from core.hooks import Hooks, hookimpl
+from core.plugins import Plugins
 from core.testing.contract.check import Skip, checks_of, remark, require
 from core.testing.contract.subject import Subject
 from core.testing.contract.transforms import same
+from core.testing.fixtures import make_run, plugin_of
 
 if TYPE_CHECKING:
+    from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+    from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+    from torch.futures import Future
+
     from core.run import Run
 
+_PLUGIN = "contract"
 _WIDTH = 256
+_LATE = 0.1
+"""Seconds by which a write starts late: without them a small model is written between two steps."""
 
 
 class _Trained:
@@ -26,12 +39,14 @@ class _Trained:
 
     def __init__(self) -> None:
         torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(_WIDTH, _WIDTH), nn.Linear(_WIDTH, _WIDTH))
+        layers = nn.Linear(_WIDTH, _WIDTH), nn.BatchNorm1d(_WIDTH), nn.Linear(_WIDTH, _WIDTH)
+        self.model = nn.Sequential(*layers)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
         self.state: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
 
     def step(self) -> None:
-        loss = self.model(torch.ones(2, _WIDTH)).square().mean()
+        batch = torch.linspace(-1, 1, 4 * _WIDTH).reshape(4, _WIDTH)
+        loss = self.model(batch).square().mean()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -46,7 +61,7 @@ class _Trained:
 
 
 def stable(subject: Subject) -> None:
-    """Steps taken right after run.save() do not reach what is saved."""
+    """Steps taken right after run.save() do not reach what is saved, however late it is written."""
     for fmt, run in _runs(subject):
         trained = _Trained()
         trained.step()
@@ -97,18 +112,17 @@ def _detects(fmt: CheckpointFormat, path: Path) -> bool:
 
 
 def _runs(subject: Subject) -> Iterator[tuple[CheckpointFormat, Run]]:
-    """A run for each format that can save training state here."""
+    """A run for each format that can save training state here; writing starts late in it."""
     formats = [f for f in subject.formats if f.writer is not None and f.reader is not None]
     if not formats:
         raise Skip("the plugin has no format that can be both written and read")
     refusals = []
     for fmt in formats:
-        name = f"{subject.name}.{fmt.name}"
-        reason = fmt.works(subject.folder()) or _refusal(subject, name)
+        reason = fmt.works(subject.folder()) or _refusal(subject, fmt)
         if reason:
             refusals.append(f"{fmt.name!r}: {reason}")
             continue
-        with subject.run(checkpoint={"format": name}) as run:
+        with _run(subject, fmt) as run:
             yield fmt, run
     if len(refusals) == len(formats):
         raise Skip("; ".join(refusals))
@@ -116,16 +130,49 @@ def _runs(subject: Subject) -> Iterator[tuple[CheckpointFormat, Run]]:
         remark(refusal)
 
 
-def _refusal(subject: Subject, name: str) -> str:
+def _refusal(subject: Subject, fmt: CheckpointFormat) -> str:
     """Why a format cannot hold the state of a model in training, if it says so."""
     try:
-        with subject.run(checkpoint={"format": name}) as run:
+        with _run(subject, fmt) as run:
             trained = _Trained()
             trained.step()
             run.save(trained.state, 1).durable()
     except CoreError as error:
         return str(error).splitlines()[0]
     return ""
+
+
+def _run(subject: Subject, fmt: CheckpointFormat) -> Run:
+    late = replace(fmt, name=f"late-{fmt.name}", writer=partial(_late_writer, fmt))
+    extra = plugin_of(_Offering(late), _PLUGIN)[_PLUGIN]
+    plugins = Plugins([*subject.plugins, extra])
+    checkpoint = {"format": f"{_PLUGIN}.{late.name}"}
+    return make_run(subject.folder(), plugins=plugins, checkpoint=checkpoint)
+
+
+class _Offering(Hooks):
+    """A plugin with one format."""
+
+    def __init__(self, fmt: CheckpointFormat) -> None:
+        self._format = fmt
+
+    @hookimpl
+    def core_checkpoints(self) -> Iterable[CheckpointFormat]:
+        return (self._format,)
+
+
+def _late_writer(fmt: CheckpointFormat, path: Path, run: Run) -> StorageWriter:
+    """The writer of ``fmt`` itself, for it may be a stager too, with another ``write_data``."""
+    assert fmt.writer is not None
+    writer = fmt.writer(path, run)
+    at_once = writer.write_data
+
+    def late(plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        time.sleep(_LATE)
+        return at_once(plan, planner)
+
+    setattr(writer, "write_data", late)  # noqa: B010 # mypy forbids to assign a method
+    return writer
 
 
 CHECKS = checks_of("saves", stable, durable, resumes)

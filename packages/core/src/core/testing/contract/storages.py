@@ -1,10 +1,10 @@
-"""Storages: bytes written in any order, visible at once or not at all, and refused when out of range."""
+"""Storages: bytes written in any order by several sinks, complete on commit, gone on abort."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -45,51 +45,64 @@ def any_order(subject: Subject) -> None:
         require((path / "empty").stat().st_size == 0, f"{storage.name!r} fills an empty file")
 
 
-def atomic(subject: Subject) -> None:
-    """Nothing is visible before commit(), everything after it, and nothing else is left."""
+def commit(subject: Subject) -> None:
+    """commit() leaves complete files in a folder that may be new, and nothing else."""
     for storage in _storages(subject):
-        path = subject.folder() / "target"
+        path = subject.folder() / "parent" / "target"
         sink = storage.sink(path)
         sink.open("data", 4)
         sink.write_at("data", 0, b"done")
-        require(not path.exists(), f"{storage.name!r} shows the folder before commit()")
         sink.commit()
-        require((path / "data").is_file(), f"{storage.name!r} shows nothing after commit()")
+        what = f"commit() of {storage.name!r}"
+        _require_files(path, {"data": b"done"}, what)
+        _require_only(path.parent, {"target"}, what)
         sink.abort()
-        require((path / "data").is_file(), f"abort() after commit() of {storage.name!r} removes it")
-        _require_only(path.parent, {"target"}, f"commit() of {storage.name!r}")
+        _require_files(path, {"data": b"done"}, f"abort() after {what}")
+
+
+def shared(subject: Subject) -> None:
+    """Several sinks, as of several ranks, fill one folder without disturbing each other."""
+    for storage in _storages(subject):
+        path = subject.folder() / "target"
+        sinks = {f"rank-{rank}": storage.sink(path) for rank in range(3)}
+        for name, sink in sinks.items():
+            sink.open(name, len(name))
+            sink.write_at(name, 0, name.encode())
+        for sink in sinks.values():
+            _require_works(sink.commit, f"commit() of a second sink of {storage.name!r}")
+        what = f"{storage.name!r} with several sinks"
+        _require_files(path, {name: name.encode() for name in sinks}, what)
+        _require_only(path.parent, {"target"}, what)
 
 
 def abort(subject: Subject) -> None:
-    """abort() leaves nothing behind."""
+    """abort() removes the files of its own sink, and no others."""
     for storage in _storages(subject):
         path = subject.folder() / "target"
-        sink = storage.sink(path)
-        sink.open("data", _SIZE)
-        sink.write_at("data", 7, b"half")
-        sink.abort()
-        _require_only(path.parent, set(), f"abort() of {storage.name!r}")
+        kept, dropped = storage.sink(path), storage.sink(path)
+        kept.open("kept", 4)
+        kept.write_at("kept", 0, b"good")
+        dropped.open("dropped", _SIZE)
+        dropped.write_at("dropped", 7, b"half")
+        dropped.abort()
+        _require_works(kept.commit, f"commit() of {storage.name!r} beside an aborted sink")
+        _require_files(path, {"kept": b"good"}, f"abort() of {storage.name!r}")
+        _require_only(path.parent, {"target"}, f"abort() of {storage.name!r}")
 
 
 def no_overwrite(subject: Subject) -> None:
-    """A path that is taken is refused, and what is there stays."""
+    """A file name that is taken is refused, and what is there stays, also after abort()."""
     for storage in _storages(subject):
         path = subject.folder() / "target"
         path.mkdir()
         (path / "data").write_bytes(b"old")
-
-        def commit(storage: Storage = storage, path: Path = path) -> None:
-            sink = storage.sink(path)
-            try:
-                sink.open("data", 3)
-                sink.write_at("data", 0, b"new")
-                sink.commit()
-            finally:
-                sink.abort()
-
-        _require_refused(commit, f"{storage.name!r} overwrites what is at the target")
-        old = (path / "data").read_bytes() == b"old"
-        require(old, f"{storage.name!r} damages what is at the target")
+        sink = storage.sink(path)
+        try:
+            what = f"{storage.name!r} overwrites a file that is there"
+            _require_refused(partial(sink.open, "data", 3), what)
+        finally:
+            sink.abort()
+        _require_files(path, {"data": b"old"}, f"a refused open() of {storage.name!r}")
 
 
 def out_of_range(subject: Subject) -> None:
@@ -168,6 +181,23 @@ def _in_threads(write: Callable[[list[int]], None], shares: list[list[int]]) -> 
         raise errors[0]
 
 
+def _require_files(folder: Path, wanted: Mapping[str, bytes], what: str) -> None:
+    """Check names and contents of all files of a folder."""
+    found = {p.name: p.read_bytes() for p in folder.iterdir()} if folder.is_dir() else {}
+    missing = [name for name in wanted if name not in found]
+    require(not missing, f"{what} leaves no {', '.join(missing)}")
+    _require_only(folder, set(wanted), what)
+    wrong = [name for name, content in wanted.items() if found[name] != content]
+    require(not wrong, f"{what} leaves a wrong {', '.join(wrong)}")
+
+
+def _require_works(action: Callable[[], object], what: str) -> None:
+    try:
+        action()
+    except CoreError as error:
+        raise AssertionError(f"{what} is refused: {error.what}") from None
+
+
 def _require_only(folder: Path, names: set[str], what: str) -> None:
     found = {path.name for path in folder.iterdir()} - names
     require(not found, f"{what} leaves {', '.join(sorted(found))}")
@@ -185,5 +215,5 @@ def _require_refused(action: Callable[[], object], what: str) -> None:
 
 
 CHECKS = checks_of(
-    "storages", any_order, atomic, abort, no_overwrite, out_of_range, reads, truncated
+    "storages", any_order, commit, shared, abort, no_overwrite, out_of_range, reads, truncated
 )

@@ -1,0 +1,79 @@
+"""Reading a checkpoint that exists: what it says of itself, its reader, and its tensors."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.storage import StorageReader
+
+from core.checkpoints.convert import detect
+from core.checkpoints.layout import MANIFEST, Manifest
+from core.checkpoints.save import root_cause
+from core.choice import choose
+from core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from core.run import Run
+
+
+def manifest_of(folder: Path, run: Run) -> Manifest:
+    """The manifest of a checkpoint; one that knows the format only for another program's.
+
+    Raises:
+        CheckpointError: when there is nothing, or nothing that a format recognises.
+    """
+    if (folder / MANIFEST).is_file() or not folder.exists():
+        return Manifest.read(folder)
+    return Manifest(0, detect(folder, run).value.name, 0, {}, {}, {})
+
+
+def open_reader(folder: Path, manifest: Manifest, run: Run) -> StorageReader:
+    """Open a checkpoint with the format that its manifest names.
+
+    Raises:
+        PluginError: when no active plugin has that format.
+    """
+    chosen = choose(
+        "checkpoint format",
+        manifest.format,
+        run.checkpoints.formats(),
+        lambda f: "" if f.reader else "it cannot be read",
+    ).value
+    assert chosen.reader is not None
+    return chosen.reader(folder, run)
+
+
+def read(
+    folder: Path, reader: StorageReader, tensors: dict[str, Tensor], group: ProcessGroup | None
+) -> None:
+    """Fill ``tensors`` from a checkpoint; all ranks of ``group`` call it together.
+
+    Raises:
+        CheckpointError: with the reason of the first rank that failed.
+    """
+    try:
+        load(
+            dict(tensors),
+            storage_reader=reader,
+            planner=TensorPlanner(),
+            process_group=group,
+            no_dist=group is None,
+        )
+    except CheckpointException as error:
+        raise CheckpointError(f"cannot load {folder}", why=root_cause(error)) from error
+
+
+class TensorPlanner(DefaultLoadPlanner):
+    """DCP's planner for tensors: an object, which is a pickle, is refused."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise CheckpointError(f"{read_item.dest_index.fqn!r} is a pickled object, not a tensor")
