@@ -123,7 +123,7 @@ def journey(session: nox.Session) -> None:
     session.run("core", "new", "core-hello")
     session.install("./core-hello")
     session.run("core", "check", "hello")
-    small = ("model=small:tiny", "steps=20", "text_bytes=200000")
+    small = ("model=small:tiny", "steps=20", "text_limit=200000")
     session.run("core", "run", "train", "--out", "run", *[f"--set=train.{s}" for s in small])
     last = "run/checkpoints/step-00000020"
     session.run("core", "convert", last, "exported", "--to", "safetensors")

@@ -34,7 +34,7 @@ from core.attention import attention
 from core.builtin import Builtin
 from core.checkpoints.dcp import DcpReader
 from core.engines.plain import PlainEngine
-from core.errors import CoreError, PluginError
+from core.errors import CoreError, EngineError, PluginError
 from core.plugins import Plugins
 from core.storage import FileSink, FileSource, publish
 from core.testing import contract, tiny
@@ -515,8 +515,33 @@ class _Forgetful(PlainEngine):
 
 
 class _Lenient(PlainEngine):
-    def _check(self, request: Any) -> None:
+    """Takes what it is given."""
+
+    def add(self, request: Any) -> int:
+        return super().add(request) if request.prompt else -1
+
+
+class _Unaware(PlainEngine):
+    """Does not count weights that training changed."""
+
+    def weights_changed(self) -> None:
         pass
+
+
+class _Careless(PlainEngine):
+    """Keeps a cache over a change of rotary frequencies."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._regimes._attentions.clear()
+
+
+class _Impolite(PlainEngine):
+    """Changes the model first and then refuses it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        model.train()
+        raise EngineError("no such model")
 
 
 class _Sticky(PlainEngine):
@@ -547,6 +572,9 @@ class _Talkative(PlainEngine):
     [
         (_Forgetful, "engines.greedy", "differs from generate at token"),
         (_Stale, "engines.live-weights", "does not see weights that changed"),
+        (_Careless, "engines.greedy", "differs from generate at token 12"),
+        (_Impolite, "engines.greedy", "changes a model that it refuses"),
+        (_Unaware, "engines.weights-changed", "keeps its identity"),
         (_Lenient, "engines.refuses", "an empty prompt"),
         (_Sticky, "engines.restores", "training mode"),
         (_Talkative, "engines.stops", "with no request queued"),

@@ -35,8 +35,6 @@ attempt()
 off = core.discover(everything_off=True)
 attempt(plugins=off, train={"seed": rank})
 attempt(plugins=off)
-import torch.distributed as dist
-dist.destroy_process_group()
 """
 
 

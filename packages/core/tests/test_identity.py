@@ -10,8 +10,10 @@ from dataclasses import asdict, replace
 import pytest
 from hypothesis import given, strategies as st
 
-from core.identity import CacheIdentity
+from core.identity import CacheIdentity, identity_of
+from core.positions.install import positions
 from core.positions.policy import ModelPositions
+from core.testing import tiny
 
 # Few letters, so that boundaries between strings matter and equal ones occur.
 TEXT = st.text("ab=,\x00", max_size=3)
@@ -98,3 +100,32 @@ def test_only_strings(wrong: dict[str, object]) -> None:
 
 def test_lone_surrogates_are_told_apart() -> None:
     assert CacheIdentity(weights="\ud800").salt() != CacheIdentity(weights="\ud801").salt()
+
+
+def test_identity_of_a_model_is_the_same_in_another_process() -> None:
+    code = (
+        "from core.identity import identity_of; from core.testing import tiny;"
+        "print(identity_of(tiny.llama(seed=3), 'step-1').salt())"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": "3"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    assert found == identity_of(tiny.llama(), "step-1").salt()
+
+
+def test_identity_of_models_that_differ() -> None:
+    model = tiny.llama()
+    salts = {
+        identity_of(model, "1").salt(),
+        identity_of(model, "2").salt(),
+        identity_of(tiny.llama(rms_norm_eps=1e-3), "1").salt(),
+        identity_of(tiny.qwen3(), "1").salt(),
+        identity_of(tiny.llama().bfloat16(), "1").salt(),
+    }
+    with positions(model, ModelPositions(per_request=True)):
+        salts.add(identity_of(model, "1").salt())
+    assert len(salts) == 6

@@ -57,6 +57,7 @@ class Stage(Generic[T]):
     """
 
     name: str
+    once: bool = True  # is it a mistake to apply a transform twice to one subject?
 
 
 class Phase(IntEnum):
@@ -72,7 +73,7 @@ class Phase(IntEnum):
 MODEL: Stage[nn.Module] = Stage("model")
 """The model after its weights are loaded and before the optimizer is built."""
 
-BATCH: Stage[MutableMapping[str, Tensor]] = Stage("batch")
+BATCH: Stage[MutableMapping[str, Tensor]] = Stage("batch", once=False)
 """One batch of named tensors, before it goes to the device."""
 
 PIPELINE: Stage[Any] = Stage("pipeline")

@@ -24,8 +24,11 @@ from core.plugins import Plugin, Plugins, State, one_line
 
 BUILTIN = "core"
 """Name of core's own plugin: what core contributes goes through the same hooks."""
-RESERVED = frozenset({BUILTIN, "checkpoint", "engine", "train", "quickstart"})
-"""Names a plugin cannot have, because core's settings sections have them."""
+RESERVED = frozenset(
+    {BUILTIN, "checkpoint", "engine", "train", "quickstart"}
+    | {"enable", "disable", "file", "set", "folder", "resume", "quiet", "plugins", "ranks"}
+)
+"""Names a plugin cannot have: core's settings sections, and the arguments of ``core.start``."""
 SLOW = 1.0
 """Seconds of import from which on a plugin's row says so."""
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from core.errors import CoreError, PluginError
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -37,13 +39,15 @@ class Ranks:
         """Read ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK``.
 
         Raises:
-            CoreError: when one of them is no number.
+            CoreError: when they are no numbers that fit together.
         """
         try:
-            numbers = [int(os.environ.get(k, d)) for k, d in _VARIABLES]
+            found = cls(*(int(os.environ.get(k, d)) for k, d in _VARIABLES))
         except ValueError as error:
             raise CoreError("RANK, WORLD_SIZE or LOCAL_RANK is no number", why=str(error)) from None
-        return cls(*numbers)
+        if not (0 <= found.rank < found.world_size and found.local_rank >= 0):
+            raise CoreError("RANK, WORLD_SIZE and LOCAL_RANK do not fit together", why=str(found))
+        return found
 
     def __post_init__(self) -> None:
         self._owns_group = False
@@ -59,7 +63,15 @@ class Ranks:
             cuda = torch.cuda.is_available()
             if cuda:
                 torch.cuda.set_device(self.local_rank)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            try:
+                dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            except (ValueError, RuntimeError) as error:
+                reason = str(error).splitlines()[0]
+                raise CoreError(
+                    f"rank {self.rank} cannot join the {self.world_size} ranks of its job",
+                    why=reason,
+                    fix="start the ranks with torchrun",
+                ) from error
             self._owns_group = True
 
     def leave(self) -> None:
@@ -112,6 +124,31 @@ class Ranks:
         everyone: list[Any] = [None] * self.world_size
         dist.all_gather_object(everyone, value, group=self._group)
         return everyone
+
+    def agree(self, work: Callable[[], T]) -> T:
+        """Do some work on this rank, and stop on all ranks when it fails on any.
+
+        Without this a rank that fails leaves the others waiting for it in their next exchange.
+
+        Args:
+            work: must not talk to other ranks itself.
+
+        Raises:
+            Exception: what ``work`` raised on this rank.
+            CoreError: on a rank where it went well, naming one where it did not.
+        """
+        result, failure = None, None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        reasons = self.gather("" if failure is None else str(failure) or type(failure).__name__)
+        if failure is not None:
+            raise failure
+        failed = [f"rank {rank} failed: {text}" for rank, text in enumerate(reasons) if text]
+        if failed:
+            raise CoreError(failed[0])
+        return cast(T, result)
 
     def require_same(self, facts: Mapping[str, Any]) -> None:
         """Stop all ranks when their facts differ.

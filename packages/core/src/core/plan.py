@@ -181,7 +181,7 @@ _applied: dict[tuple[str, int], list[str]] = {}
 
 
 def _refuse_twice(stage: Stage[Any], subject: object, found: Found) -> None:
-    if found.id in _applied.get((stage.name, id(subject)), ()):
+    if stage.once and found.id in _applied.get((stage.name, id(subject)), ()):
         raise PlanError(
             f"transform {found.id!r} was already applied to this {stage.name}",
             fix="build the subject anew, or apply the stage once",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar
@@ -162,11 +163,8 @@ class Plugins:
         implementation = plugin.implementations.get(spec.__name__)
         if implementation is None:
             return []
-        try:
+        with blame(plugin.name, f"hook {spec.__name__}"):
             values = _checked(spec.__name__, implementation(*args, **kwargs))
-        except Exception as error:
-            error.add_note(f"in plugin {plugin.name!r}, hook {spec.__name__}")
-            raise
         return [Contributed(plugin.name, value) for value in values]
 
     def setup(self, enabled: Iterable[str]) -> None:
@@ -178,9 +176,9 @@ class Plugins:
         needed = {name.partition(".")[0] for name in enabled}
         for plugin in self.active:
             try:
-                plugin.implementations.get("core_setup", _nothing)()
+                with blame(plugin.name, "hook core_setup"):
+                    plugin.implementations.get("core_setup", _nothing)()
             except Exception as error:
-                error.add_note(f"in plugin {plugin.name!r}, hook core_setup")
                 if plugin.name in needed:
                     raise
                 self.mark_broken(plugin.name, f"core_setup: {one_line(error)}")
@@ -205,6 +203,11 @@ class Plugins:
     def event_errors(self) -> Mapping[str, int]:
         """How many events each observer failed on."""
         return dict(self._event_errors)
+
+    def forget_observations(self) -> None:
+        """Start counting anew: the plugins of a process may see several runs."""
+        self._event_errors.clear()
+        self.event_seconds.clear()
 
     def observations(self) -> list[str]:
         """A line on each observer that failed, or that took more than a second in all."""
@@ -240,6 +243,21 @@ class Plugins:
     def mark_broken(self, name: str, reason: str) -> None:
         """Take a plugin out of every later call."""
         self._plugins[name] = replace(self._plugins[name], state=State.BROKEN, reason=reason)
+
+
+@contextmanager
+def blame(plugin: str, what: str) -> Generator[None]:
+    """Note on whatever fails inside which plugin it came from.
+
+    Example:
+        >>> with blame("hello", "engine 'fast'"):
+        ...     pass
+    """
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in plugin {plugin!r}, {what}")
+        raise
 
 
 def _nothing() -> None:

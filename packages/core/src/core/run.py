@@ -15,13 +15,14 @@ from core import hooks
 from core.contributions import Settings, Stage
 from core.discovery import BUILTIN, discover
 from core.distributed import Ranks
-from core.errors import PluginError
+from core.errors import CoreError, PluginError
 from core.events import Event, RunEnded, RunStarted
 from core.hooks import Hooks
 from core.plan import Plan, select
 from core.plugins import Plugins
-from core.sections import settings_sections, why_unknown
+from core.sections import require_choices, settings_sections, why_unknown
 from core.settings import dump, gather, names, validate
+from core.storage import replace_file
 
 if TYPE_CHECKING:
     import torch
@@ -166,10 +167,9 @@ class Run:
     def write_description(self) -> None:
         """Write ``settings.json`` and ``plan.json`` into the run's folder (rank 0)."""
         if self.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
             for name, content in [("settings", self.settings_tree()), ("plan", self.describe())]:
                 text = json.dumps(content, indent=2) + "\n"
-                (self.folder / f"{name}.json").write_text(text, encoding="utf-8")
+                replace_file(self.folder / f"{name}.json", text.encode())
 
     def tell(self, text: str) -> None:
         """Print a line about the run (rank 0 only, to standard error)."""
@@ -196,6 +196,9 @@ class Run:
         try:
             if self._checkpoints is not None:
                 self._checkpoints.close()
+        except CoreError as failed:
+            error = error or str(failed)
+            raise
         finally:
             self.emit(RunEnded(error=error))
             for line in self.plugins.observations():
@@ -220,6 +223,7 @@ def start(
     resume: bool = False,
     quiet: bool = False,
     plugins: Plugins | None = None,
+    ranks: Ranks | None = None,
     **sections: Mapping[str, Any] | Settings,
 ) -> Run:
     """Find plugins, validate everything, make the plan; or stop with every problem at once.
@@ -236,6 +240,8 @@ def start(
         resume: let recipes go on from the newest checkpoint of ``folder``.
         quiet: do not print the plan and what is chosen.
         plugins: the plugins to use instead of discovering them.
+        ranks: this process among its ranks, instead of what ``torchrun`` put into the environment;
+            ``Ranks()`` stays alone.
         sections: settings by section, over all other sources: ``checkpoint={"keep": 2}``.
 
     Raises:
@@ -259,11 +265,19 @@ def start(
     known = settings_sections(plugins)
     plugins.require(_owners(enabled))
     settings = validate(values, known, why_unknown(plugins))
-    ranks = Ranks.from_environment()
+    require_choices(plugins, settings)
+    ranks = ranks or Ranks.from_environment()
     plugins.setup(enabled)
+    plugins.forget_observations()
     ranks.join()
-    run = Run(plugins, settings, enabled, Path(folder), ranks, resume=resume, quiet=quiet)
-    ranks.require_same(_facts(run))
+    try:
+        run = ranks.agree(
+            lambda: Run(plugins, settings, enabled, Path(folder), ranks, resume=resume, quiet=quiet)
+        )
+        ranks.require_same(_facts(run))
+    except BaseException:
+        ranks.leave()
+        raise
     atexit.register(run.close)
     run.announce(f"plan: {', '.join(run.plan.ids) or 'no transforms'}")
     run.emit(RunStarted())

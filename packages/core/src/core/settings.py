@@ -113,7 +113,7 @@ def read_file(path: Path) -> dict[str, Any]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise SettingsError(f"cannot read settings file {path}", why=reason) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SettingsError(f"{path} cannot be parsed", why=str(error)) from None
     if not isinstance(content, dict):
         raise SettingsError(f"{path} cannot be used", why="it is not a table of sections")
@@ -124,7 +124,7 @@ def parse(text: str) -> Any:
     """Read a value in TOML's grammar; what is not TOML is a plain string."""
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
     return parsed["value"] if len(parsed) == 1 else text
 

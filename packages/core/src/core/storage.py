@@ -8,22 +8,27 @@ which hands out a temporary folder and renames it when all ranks are done.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import uuid
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol
 
 from core.contributions import Storage
+from core.disk import (
+    TEMPORARY as TEMPORARY,
+    disk_errors as disk_errors,
+    nearest_existing as nearest_existing,
+    plain_name as plain_name,
+    replace_file as replace_file,
+    sync,
+    sync_file as sync_file,
+)
 from core.errors import CheckpointError
 
 Buffer = bytes | bytearray | memoryview
-TEMPORARY = ".tmp-"
-"""Part of the name of every folder that is not committed yet."""
 
 
 class ByteSink(Protocol):
@@ -113,6 +118,8 @@ class FileSink:
             os.truncate(descriptor, size)
 
     def write_at(self, name: str, offset: int, data: Buffer) -> None:
+        if name not in self._files:
+            raise CheckpointError(f"{name!r} is not open")
         descriptor, size = self._files[name]
         view = memoryview(data).cast("B")
         if offset < 0 or offset + len(view) > size:
@@ -173,14 +180,6 @@ class FileSource:
 
     def __del__(self) -> None:
         # DCP readers own sources and have no end of their own.
-        self.close()
-
-    def __enter__(self) -> FileSource:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
         self.close()
 
     def _descriptor(self, name: str) -> int:
@@ -258,48 +257,3 @@ def require_free(path: Path) -> None:
     """
     if path.exists() or path.is_symlink():
         raise CheckpointError(f"{path} exists already", fix="choose another path or remove it")
-
-
-def sync(path: Path) -> None:
-    """Make the bytes of a file durable, or the entries of a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_file(path: Path, content: bytes) -> None:
-    """Write a small file and make its bytes durable."""
-    path.write_bytes(content)
-    sync(path)
-
-
-def plain_name(name: str) -> str:
-    """Return ``name`` if it stays inside its folder.
-
-    Raises:
-        CheckpointError: for an absolute name, or one with ``..`` or a separator.
-    """
-    if name != Path(name).name or name in ("", ".", ".."):
-        raise CheckpointError(f"{name!r} is no plain file name", why="it would leave the folder")
-    return name
-
-
-@contextmanager
-def disk_errors(what: str) -> Generator[None]:
-    """Turn an ``OSError`` into a :class:`CheckpointError` that says what was being done."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        fix = "free space or choose another disk" if error.errno in _DISK_FULL else ""
-        raise CheckpointError(what, why=reason, fix=fix) from error
-
-
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
-
-
-def nearest_existing(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that exists."""
-    return next(folder for folder in [path, *path.absolute().parents] if folder.exists())

@@ -13,8 +13,10 @@ import core
 from core.engines import Sampling, generate
 from core.engines.plain import PlainEngine
 from core.engines.sampling import draw
+from core.positions.install import positions
+from core.positions.policy import ModelPositions
 from core.settings import check
-from core.testing.tiny import build
+from core.testing.tiny import build, longrope, prompts
 
 PROMPTS = [[5, 9, 17, 3], [8], [40, 2, 2, 61, 7, 30, 1]]
 
@@ -37,6 +39,18 @@ def by_transformers(model: nn.Module, prompt: list[int], new: int) -> list[int]:
     return [int(token) for token in out[0, len(prompt) :]]
 
 
+def without_cache(model: nn.Module, prompt: list[int], new: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(new):
+        with torch.no_grad():
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def longrope_llama() -> nn.Module:
+    return build("Llama", rope_parameters=longrope().config.rope_parameters)
+
+
 @pytest.mark.parametrize("family", ["Llama", "Phi3", "Qwen3", "Mistral"])
 def test_greedy_is_what_transformers_generates(family: str) -> None:
     model = build(family)
@@ -46,6 +60,42 @@ def test_greedy_is_what_transformers_generates(family: str) -> None:
         assert list(answer.ids) == by_transformers(model, prompt, 16)
         assert answer.finish == "length"
     assert len({token for answer in answers for token in answer.ids}) > 10
+
+
+@pytest.mark.parametrize("family", ["Phi3", "Llama"])
+def test_a_change_of_frequencies_drops_the_cache(family: str) -> None:
+    model = longrope() if family == "Phi3" else longrope_llama()
+    for prompt in prompts(4):
+        (answer,) = generate(PlainEngine(model), [prompt], Sampling(max_new_tokens=14))
+        assert list(answer.ids) == without_cache(model, prompt, 14)
+        if family == "Phi3":
+            assert list(answer.ids) == by_transformers(model, prompt, 14)
+            with positions(model, ModelPositions()):
+                (under,) = generate(PlainEngine(model), [prompt], Sampling(max_new_tokens=14))
+            assert under.ids == answer.ids
+
+
+def test_frequencies_that_drift_keep_the_cache() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 8.0}
+    model = build("Llama", rope_parameters=rope, max_position_embeddings=16)
+    model.config.max_position_embeddings = 256
+    passes: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _, args, named: passes.append(named["input_ids"].shape[1]), with_kwargs=True
+    )
+    generate(PlainEngine(model), [[1] * 12], Sampling(max_new_tokens=8))
+    assert passes == [12] + [1] * 7
+
+
+def test_identity_tells_models_and_policies_apart(model: nn.Module) -> None:
+    engine = PlainEngine(model)
+    salts = {engine.identity.salt(), PlainEngine(build("Qwen3")).identity.salt()}
+    with positions(model, ModelPositions()):
+        salts.add(engine.identity.salt())
+    engine.weights_changed()
+    salts.add(engine.identity.salt())
+    assert len(salts) == 4
+    assert PlainEngine(build("Llama", seed=1)).identity.model == engine.identity.model
 
 
 def test_logprobs_are_those_of_the_model(model: nn.Module) -> None:

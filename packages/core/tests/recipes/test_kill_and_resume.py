@@ -17,7 +17,7 @@ SMALL = {
     "steps": 24,
     "save_every": 5,
     "evaluate_every": 8,
-    "text_bytes": 150_000,
+    "text_limit": 150_000,
     "vocabulary": 300,
     "sequence_length": 32,
     "evaluate_sequences": 16,

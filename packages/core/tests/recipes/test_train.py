@@ -26,7 +26,7 @@ TINY = {
     "steps": 4,
     "save_every": 2,
     "evaluate_every": 2,
-    "text_bytes": 60_000,
+    "text_limit": 60_000,
     "vocabulary": 300,
     "sequence_length": 32,
     "evaluate_sequences": 8,

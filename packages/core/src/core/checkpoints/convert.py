@@ -80,7 +80,7 @@ def detect(path: Path, run: Run) -> Contributed[CheckpointFormat]:
         return found[0]
     names = ", ".join(sorted(c.value.name for c in (found or formats)))
     state = f"looks like {names}" if found else "is of no known format"
-    fix = "name its format with --from" if found else f"known formats: {names}"
+    fix = "`core convert --from` names one" if found else f"known formats: {names}"
     raise CheckpointError(f"{path} {state}", fix=fix)
 
 
@@ -190,8 +190,8 @@ def _write(
     local = writer.prepare_local_plan(planner.create_local_plan())
     (final,) = writer.prepare_global_plan([local])
     results = writer.write_data(final, planner).wait()
-    chunks = {name: _one_chunk(tensor) for name, tensor in conversion.tensors.items()}
-    writer.finish(Metadata(chunks), [results])
+    metadata = Metadata({name: _one_chunk(tensor) for name, tensor in conversion.tensors.items()})
+    writer.finish(metadata, [results])
 
 
 class _StreamingPlanner(SavePlanner):

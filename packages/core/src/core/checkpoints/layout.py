@@ -16,9 +16,13 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from annotated_types import Ge
+from pydantic import TypeAdapter
 
 from core.errors import CheckpointError
 from core.storage import TEMPORARY, disk_errors, plain_name, sync_file
@@ -44,16 +48,18 @@ class Manifest:
         files: size in bytes of every other file.
     """
 
-    step: int
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
+    step: Annotated[int, Ge(0)]
     format: str
-    world_size: int
+    world_size: Annotated[int, Ge(0)]
     values: dict[str, Any]
     run: dict[str, Any]
     files: dict[str, int]
 
     def write(self, folder: Path) -> None:
         """Write and sync it in ``folder``."""
-        content = json.dumps({"version": VERSION, **self.__dict__}, indent=1)
+        content = json.dumps({"version": VERSION, **asdict(self)}, indent=1)
         sync_file(folder / MANIFEST, content.encode())
 
     @classmethod
@@ -75,10 +81,11 @@ class Manifest:
             version = content.pop("version")
             if version != VERSION:
                 raise CheckpointError(f"{path} has version {version}", why=f"known: {VERSION}")
-            manifest = cls(**content)
-            files = {_inside(name): int(size) for name, size in manifest.files.items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{path} is damaged", why=str(error)) from None
+            manifest = _checker().validate_json(json.dumps(content))
+            files = {_inside(name): size for name, size in manifest.files.items()}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{path} is damaged", why=reason) from None
         for name, size in files.items():
             found = (folder / name).stat().st_size if (folder / name).is_file() else None
             if found != size:
@@ -93,6 +100,11 @@ class Manifest:
             for key, what in _COMPARED.items()
             if self.run and self.run.get(key) != now.get(key)
         ]
+
+
+@cache
+def _checker() -> TypeAdapter[Manifest]:
+    return TypeAdapter(Manifest)
 
 
 def _difference(saved: Mapping[str, Any], now: Mapping[str, Any], key: str) -> str:

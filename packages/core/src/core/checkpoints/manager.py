@@ -29,7 +29,9 @@ from core.plugins import Contributed
 from core.storage import TEMPORARY, nearest_existing, publish
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.distributed import ProcessGroup
+    from torch.distributed.checkpoint.storage import StorageReader
 
     from core.run import Run
 
@@ -72,6 +74,7 @@ class Checkpoints:
         self._lock: layout.Lock | None = None
         self._format: Choice[CheckpointFormat] | None = None
         self._went_back_to: int | None = None
+        self._closed = False
         self._storages: dict[int, Choice[Storage]] = {}
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="core-checkpoint")
 
@@ -106,8 +109,6 @@ class Checkpoints:
     def storage(self, path: Path | None = None) -> Choice[Storage]:
         """The storage that carries bytes on the disk of ``path``, and why.
 
-        All ranks ask together the first time.
-
         Args:
             path: what will be read or written; by default the directory of the checkpoints.
         """
@@ -119,9 +120,7 @@ class Checkpoints:
                 for c in self.run.plugins.collect(Hooks.core_checkpoints)
                 if isinstance(c.value, Storage)
             ]
-            chosen = choose(
-                "storage", self.settings.storage, found, lambda s: self._anybody(s.works(existing))
-            )
+            chosen = choose("storage", self.settings.storage, found, lambda s: s.works(existing))
             self.run.announce(f"storage for {existing}: {chosen.value.name}, {chosen.why}")
             self._storages[disk] = chosen
         return self._storages[disk]
@@ -147,14 +146,21 @@ class Checkpoints:
         """
         if rng.NAME in state:
             raise CheckpointError(f"the name {rng.NAME!r} is core's", fix="rename the entry")
+        if step < 0:
+            raise CheckpointError(f"step {step} is negative", fix="count optimizer steps done")
+        self._refuse_closed()
         self.wait()
-        parts = split(state)
+        parts = self.run.ranks.agree(lambda: split(state))
         parts.tensors |= rng.named(self.run.rank)
         final = layout.step_folder(self.directory, step)
         temporary = self._prepare(final)
         save = self._submit(parts, step, temporary, final)
         self._guard.watch(save)
         return save
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise CheckpointError("the run is closed", fix="save and load before run.close()")
 
     def own(self) -> None:
         """Take the directory for this run, and clean up behind an interrupted one (rank 0).
@@ -186,21 +192,12 @@ class Checkpoints:
         Raises:
             CheckpointError: when there is none, or it is damaged, or lacks what ``state`` needs.
         """
+        self._refuse_closed()
         self.wait()
-        remarks: list[str] = []
-        if path is None:
-            folder, manifest, skipped = layout.newest_valid(self.directory)
-            remarks += [f"skipped {reason}" for reason in skipped]
-        else:
-            folder = Path(path)
-            manifest = manifest_of(folder, self.run)
-        reader = open_reader(folder, manifest, self.run)
-        saved = reader.read_metadata().state_dict_metadata
-        try:
-            tensors = room(state, saved, manifest.values)
-        except CheckpointError as error:
-            raise CheckpointError(f"cannot load {folder}", why=error.what) from None
-        generators = rng.room(self.run.rank, saved)
+        folder, manifest, reader, tensors, remarks = self.run.ranks.agree(
+            lambda: self._open(state, path)
+        )
+        generators = rng.room(self.run.rank, reader.read_metadata().state_dict_metadata)
         read(folder, reader, tensors | generators, self._group)
         restore(state, tensors, manifest.values)
         if manifest.world_size:
@@ -215,12 +212,29 @@ class Checkpoints:
         values = loaded_values(state, tensors, manifest.values)
         return Loaded(manifest.step, folder, values, tuple(remarks))
 
+    def _open(
+        self, state: State, path: str | os.PathLike[str] | None
+    ) -> tuple[Path, Manifest, StorageReader, dict[str, Tensor], list[str]]:
+        """Find a checkpoint and make sure that ``state`` fits it; nothing is changed yet."""
+        if path is None:
+            folder, manifest, skipped = layout.newest_valid(self.directory)
+        else:
+            folder, skipped = Path(path), []
+            manifest = manifest_of(folder, self.run)
+        reader = open_reader(folder, manifest, self.run)
+        try:
+            tensors = room(state, reader.read_metadata().state_dict_metadata, manifest.values)
+        except CheckpointError as error:
+            raise CheckpointError(f"cannot load {folder}", why=error.what) from None
+        return folder, manifest, reader, tensors, [f"skipped {reason}" for reason in skipped]
+
     def close(self) -> None:
         """Wait for the last checkpoint and give the directory up.
 
         Raises:
             CheckpointError: when the last checkpoint failed.
         """
+        self._closed = True
         try:
             self.wait()
         finally:

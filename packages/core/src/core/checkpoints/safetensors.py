@@ -137,9 +137,12 @@ def read_entries(path: Path, source: ByteSource) -> dict[str, Entry]:
     """Read and check the headers of a safetensors file, or of all such files in a folder.
 
     Raises:
-        CheckpointError: for a header that is damaged, hostile, or does not fit the file's size.
+        CheckpointError: for no file, or a header that is damaged, hostile, or does not fit the
+            file's size.
     """
     files = [path.name] if path.is_file() else sorted(p.name for p in path.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{path} has no safetensors file")
     entries: dict[str, Entry] = {}
     for name in files:
         for key, entry in _read_header(path, name, source):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, TimeoutError as FutureTimeout
 from pathlib import Path
@@ -63,8 +64,9 @@ class Save:
         Raises:
             CheckpointError: when the save has failed, or does not get there in time.
         """
+        end = None if timeout is None else time.monotonic() + timeout
         self._wait(self._staged, timeout)
-        self._wait(self._written, timeout)
+        self._wait(self._written, None if end is None else max(0.0, end - time.monotonic()))
         return self.path
 
     @property

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from keyword import iskeyword
 from pathlib import Path, PurePosixPath
 from string import Template
 
@@ -94,8 +95,11 @@ def words_for(name: str) -> dict[str, str]:
         better = f"core-{tidy}" if _NAME.fullmatch(f"core-{tidy}") else "core-hello"
         why = "it must be 'core-' and lower-case words of a-z and 0-9 with dashes"
         raise CoreError(f"a plugin cannot be called {name!r}", why=why, fix=f"such as {better!r}")
+    if iskeyword(plugin.replace("-", "_")):
+        why = "it is a word of Python"
+        raise CoreError(f"a plugin cannot be called {name!r}", why=why, fix="choose another name")
     if plugin in RESERVED:
-        why = f"the settings section [{plugin}] is core's own"
+        why = f"{plugin!r} is a name of core's own"
         raise CoreError(f"a plugin cannot be called {name!r}", why=why, fix="choose another name")
     major, minor, *_ = __version__.split(".")
     return {

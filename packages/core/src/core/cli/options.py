@@ -57,8 +57,10 @@ def make_run(
     folder: Path = Path("runs/run"),
     resume: bool = False,
     quiet: bool = True,
+    alone: bool = True,
 ) -> Run:
-    """Start a run from the options of a command."""
+    """Start a run from the options of a command; ``alone`` looks at no other rank."""
+    from core.distributed import Ranks
     from core.run import start
     from core.settings import gather, names
 
@@ -71,6 +73,7 @@ def make_run(
         resume=resume,
         quiet=quiet,
         plugins=plugins_for(ctx, values),
+        ranks=Ranks() if alone else None,
     )
 
 

@@ -7,10 +7,9 @@ import inspect
 import click
 
 from core.cli import plugins_of
+from core.cli.options import as_json
 from core.cli.table import echo_json, echo_table
 from core.hooks import API, Hooks
-
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.command()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Mapping
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,18 @@ from core.contributions import Recipe
 from core.errors import CoreError, closest
 from core.hooks import Hooks
 from core.plugins import Plugins
+from core.storage import disk_errors
+
+_LEFT = (
+    "settings.json",
+    "plan.json",
+    "metrics.jsonl",
+    "loss.png",
+    "summary.json",
+    "model",
+    "tokenizer",
+)
+"""What core's recipes leave in a run's folder, beside the checkpoints."""
 
 if TYPE_CHECKING:
     from core.run import Run
@@ -95,15 +109,30 @@ def run(
         names = sorted(offered)
         known = f"known: {', '.join(names)}"
         raise CoreError(f"no recipe {recipe!r}{closest(recipe, names)}", fix=known)
+    if resume and overwrite:
+        raise click.UsageError("--resume goes on with a run, --overwrite removes it: choose one")
     folder = out or Path("runs") / recipe
+    if resume and settings is None and (folder / "settings.json").is_file():
+        settings = folder / "settings.json"
     with make_run(
-        ctx, settings, assignments, enable, folder=folder, resume=resume, quiet=False
+        ctx,
+        settings,
+        assignments,
+        enable,
+        folder=folder,
+        resume=resume,
+        quiet=False,
+        alone=False,
     ) as started:
-        _claim(started, overwrite)
-        started.write_description()
+        started.ranks.agree(lambda: _claim(started, overwrite))
+        if not resume:
+            started.write_description()
         started.tell(f"run in {folder}")
-        results = offered[recipe].main(started)
+        # What a recipe prints is for people; scripts read the results.
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            results = offered[recipe].main(started)
         started.checkpoints.wait()
+        started.write_description()
         if started.is_main:
             _show(results, as_json)
 
@@ -146,16 +175,25 @@ def plan(
 
 
 def _claim(run: Run, overwrite: bool) -> None:
-    """Refuse to mix two runs in one folder; rank 0 decides for all."""
-    problem = ""
-    if run.is_main and not run.resume and (run.folder / "settings.json").exists():
-        if overwrite:
-            shutil.rmtree(run.folder)
-        else:
-            problem = f"{run.folder} holds a run already"
-    if any(run.ranks.gather(problem)):
-        fix = "pass --resume to go on, --overwrite to start anew, or another --out"
-        raise CoreError(problem or "rank 0 refused the folder", fix=fix)
+    """Take the folder for this run alone, and refuse to mix two runs in it (rank 0)."""
+    if not run.is_main:
+        return
+    run.checkpoints.own()
+    if run.resume or not (run.folder / "plan.json").exists():
+        return
+    if not overwrite:
+        raise CoreError(
+            f"{run.folder} holds a run already",
+            fix="pass --resume to go on, --overwrite to start anew, or another --out",
+        )
+    # Only what a run leaves: there may be files of the user in the folder.
+    left = [run.folder / name for name in _LEFT]
+    for path in [*left, *run.checkpoints.directory.glob("step-*")]:
+        with disk_errors(f"cannot remove {path}"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _show(results: Mapping[str, Any], as_json: bool) -> None:

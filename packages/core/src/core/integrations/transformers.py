@@ -34,6 +34,7 @@ class CoreCallback(TrainerCallback):
         self.resume = resume
         self._state: dict[str, Any] = {}
         self._saved = -1
+        self._ended: int | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -43,6 +44,14 @@ class CoreCallback(TrainerCallback):
         if self.resume:
             state.global_step = self._saved = self.run.load(self._state).step
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._tell({})
+        self._ended = state.global_step
+        if self.save_every and state.global_step % self.save_every == 0:
+            self._save(state.global_step)
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -51,21 +60,21 @@ class CoreCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        figures = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
-        self.run.emit(StepEnded(step=state.global_step, metrics=figures))
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.save_every and state.global_step % self.save_every == 0:
-            self._save(state.global_step)
+        self._tell({k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._tell({})
         if self._saved != state.global_step:
             self._save(state.global_step)
         self.run.checkpoints.wait()
+
+    def _tell(self, metrics: dict[str, float]) -> None:
+        """Emit the step that has ended; the trainer logs its figures only after that."""
+        if self._ended is not None:
+            self.run.emit(StepEnded(step=self._ended, metrics=metrics))
+            self._ended = None
 
     def _save(self, step: int) -> None:
         self.run.save(self._state, step)

@@ -22,7 +22,8 @@ class Positions(Protocol):
     Attributes:
         name: short name.
         atomic_prefill: it must see a prompt in one piece, so an engine may neither cut the prompt
-            into chunks nor take a prefix of it from a cache.
+            into chunks nor take a prefix of it from a cache; a layer run in chunks is refused. A
+            caller that feeds a prompt in pieces is not noticed.
 
     Example::
 

@@ -40,9 +40,9 @@ def documents(sources: Sequence[str], seed: int) -> list[str]:
 
 def split(texts: Sequence[str], held_out: float) -> tuple[list[str], list[str]]:
     """Split documents into training and held-out ones, evenly spread and at least one each."""
-    every = max(2, round(1 / held_out))
-    held = [text for index, text in enumerate(texts) if index % every == 0]
-    return [text for index, text in enumerate(texts) if index % every], held
+    chosen = {int(index / held_out) for index in range(max(1, int(len(texts) * held_out)))}
+    held = [text for index, text in enumerate(texts) if index in chosen]
+    return [text for index, text in enumerate(texts) if index not in chosen], held
 
 
 def cut(texts: Iterable[str], limit: int) -> list[str]:

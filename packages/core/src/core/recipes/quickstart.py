@@ -14,10 +14,12 @@ from core.catalogue import not_installed
 from core.contributions import Row, Step
 from core.engines import Sampling, generate
 from core.hooks import Hooks
+from core.plugins import blame
 from core.recipes.report import plot_losses, print_rows
 from core.recipes.tokens import Data
 from core.recipes.train import train_model
 from core.recipes.trigram import Trigram
+from core.storage import replace_file
 
 if TYPE_CHECKING:
     from core.run import Run
@@ -65,7 +67,8 @@ def quickstart(run: Run) -> Mapping[str, Any]:
     for found in sorted(steps, key=lambda c: (getattr(c.value, "order", 0), c.plugin)):
         assert isinstance(found.value, Step)
         run.tell(f"{found.plugin}: {found.value.summary}")
-        rows += [(found.plugin, row) for row in found.value.main(run, tour)]
+        with blame(found.plugin, f"step {found.value.name!r}"):
+            rows += [(found.plugin, row) for row in found.value.main(run, tour)]
     for package in not_installed("quickstart", run.plugins):
         run.tell(f"skipped: {package.summary} (install {package.name} to add it)")
     if run.is_main:
@@ -102,4 +105,4 @@ def _completion_row(run: Run, tour: Tour) -> Row:
 
 def _write_summary(folder: Path, rows: list[tuple[str, Row]]) -> None:
     lines = [{"by": by, **vars(row)} for by, row in rows]
-    (folder / "summary.json").write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
+    replace_file(folder / "summary.json", (json.dumps(lines, indent=2) + "\n").encode())

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from core.contributions import Row
+from core.storage import replace_file
 
 if TYPE_CHECKING:
     from core.run import Run
@@ -42,9 +43,8 @@ class Report:
         )
         self._task = self._progress.add_task("train", total=steps, completed=done, figures="")
         if run.is_main:
-            run.folder.mkdir(parents=True, exist_ok=True)
             kept = [line for line in read_metrics(run.folder) if line["step"] <= done]
-            self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            replace_file(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def step(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
         """Record an optimizer step over ``tokens`` tokens of all ranks."""
@@ -58,7 +58,7 @@ class Report:
         figures = f"loss {metrics['loss']:.3f}{held_out}  {self.tokens_per_second:,.0f} tokens/s"
         self._progress.update(self._task, completed=step, figures=figures)
         if self._progress.disable and "held_out_loss" in metrics:
-            print(f"step {step}: {figures}", flush=True)
+            self._run.tell(f"step {step}: {figures}")
 
     @property
     def tokens_per_second(self) -> float:

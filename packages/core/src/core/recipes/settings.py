@@ -24,8 +24,8 @@ class TrainSettings(Settings):
     """Text files, JSON lines files with a ``text`` field, folders of them, or ``stdlib`` for the
     Python sources of the running interpreter."""
 
-    text_bytes: Annotated[int, Ge(0)] = 2_000_000
-    """Training text is cut after this many bytes; 0 takes all of it."""
+    text_limit: Annotated[int, Ge(0)] = 2_000_000
+    """Characters of training text, in whole documents; 0 takes all of it."""
 
     tokenizer: str = "auto"
     """Folder or ``tokenizer.json`` to use; ``auto`` takes the model folder's own, or trains one."""
@@ -33,7 +33,7 @@ class TrainSettings(Settings):
     vocabulary: Annotated[int, Ge(257)] = 2048
     """Size of a tokenizer that is trained here."""
 
-    held_out: Annotated[float, Gt(0), Lt(1)] = 0.05
+    held_out: Annotated[float, Gt(0), Le(0.5)] = 0.05
     """Share of the documents that is kept for evaluation."""
 
     sequence_length: Annotated[int, Ge(2)] = 128
@@ -84,5 +84,5 @@ class TrainSettings(Settings):
     save_every: Annotated[int, Ge(0)] = 50
     """Steps between checkpoints; 0 saves at the end only."""
 
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Annotated[int, Ge(0), Lt(2**32)] = 0
     """Seed of weights and of the order of sequences."""

@@ -46,7 +46,7 @@ def prepare(run: Run, wanted: TrainSettings) -> Data:
     """
     texts = corpus.documents(wanted.text, wanted.seed)
     training, held_out = corpus.split(texts, wanted.held_out)
-    training = corpus.cut(training, wanted.text_bytes)
+    training = corpus.cut(training, wanted.text_limit)
     tokenizer = _tokenizer(run, wanted, training)
     data = Data(
         tokenizer,

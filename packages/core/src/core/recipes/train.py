@@ -65,6 +65,8 @@ def train_model(run: Run) -> Trained:
     schedulers = build_schedulers(optimizers, wanted)
     state = {"model": model, **optimizers, **schedulers}
     done = run.load(state).step if run.resume else 0
+    if run.resume:
+        run.write_description()
     order = Order(data.training, wanted.batch_size, wanted.seed)
     metrics: dict[str, float] = {}
     with Report(run, wanted.steps, done) as report:

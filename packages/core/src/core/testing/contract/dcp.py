@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from core.checkpoints.reading import TensorPlanner
 from core.contributions import CheckpointFormat
-from core.errors import CoreError
+from core.errors import CheckpointError, CoreError
 from core.storage import new_folder
 
 if TYPE_CHECKING:
@@ -91,7 +91,10 @@ def read(
     found = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in like.items()}
     try:
         # First alone: dcp.load logs what this raises, and raises something else.
-        fmt.reader(path, run).read_metadata()
+        metadata = fmt.reader(path, run).read_metadata()
+        missing = sorted(found.keys() - metadata.state_dict_metadata.keys())
+        if missing:  # a run refuses these by their names, whatever the format
+            raise CheckpointError(f"{path} has no {', '.join(missing)}")
         reader = fmt.reader(path, run)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)

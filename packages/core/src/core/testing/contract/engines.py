@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from core.contributions import EngineType
 from core.engines import Engine, Request, Sampling, Token, generate
@@ -18,6 +17,7 @@ from core.testing import tiny
 from core.testing.contract.answers import NEW, Ids, prompts_for, reference
 from core.testing.contract.check import Skip, checks_of, require
 from core.testing.contract.subject import Subject
+from core.testing.contract.untouched import logits_of, overwrite, state_of
 
 _OTHER = 7
 _GREEDY = Sampling(max_new_tokens=NEW)
@@ -40,9 +40,7 @@ def live_weights(subject: Subject) -> None:
         model, other, prompt = build(), build(seed=_OTHER), prompts_for(build)[0]
         with _engine(subject, engine_type, model) as engine:
             generate(engine, [prompt], _GREEDY)
-            with torch.no_grad():
-                for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
-                    mine.copy_(theirs)
+            overwrite(model, other)
             (found,) = generate(engine, [prompt], _GREEDY)
         require(
             list(found.ids)[:4] == reference(build, prompt, seed=_OTHER)[:4],
@@ -56,9 +54,7 @@ def weights_changed(subject: Subject) -> None:
         model, other, prompt = build(), build(seed=_OTHER), prompts_for(build)[0]
         with _engine(subject, engine_type, model) as engine:
             before, salt = generate(engine, [prompt], _GREEDY)[0], _salt(engine)
-            with torch.no_grad():
-                for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
-                    mine.copy_(theirs)
+            overwrite(model, other)
             engine.weights_changed()
             after = generate(engine, [prompt], _GREEDY)[0]
             name = repr(engine_type.name)
@@ -183,14 +179,14 @@ def restores(subject: Subject) -> None:
     """close() leaves the module as it was: parameters, modes, attention, hooks and logits."""
     for engine_type, build in _pairs(subject):
         model = build().train()
-        before, logits = _state(model), _logits(model)
+        before, logits = state_of(model), logits_of(model)
         engine = _build(subject, engine_type, model)
         generate(engine, prompts_for(build)[:1], _GREEDY)
         engine.close()
-        after = _state(model)
+        after = state_of(model)
         changed = [what for what in before if before[what] != after[what]]
         require(not changed, f"close() of {engine_type.name!r} leaves {', '.join(changed)} changed")
-        same = torch.equal(logits, _logits(model))
+        same = torch.equal(logits, logits_of(model))
         require(same, f"the model computes something else after close() of {engine_type.name!r}")
 
 
@@ -212,7 +208,7 @@ def _pairs(subject: Subject) -> list[tuple[EngineType, Callable[..., nn.Module]]
 
 
 def _refusal(subject: Subject, engine_type: EngineType, model: nn.Module) -> str:
-    before = _state(model)
+    before = state_of(model)
     reason = engine_type.works(model)
     if not reason:
         try:
@@ -220,7 +216,7 @@ def _refusal(subject: Subject, engine_type: EngineType, model: nn.Module) -> str
         except CoreError as error:
             reason = error.why or error.what
     # With ``auto`` another engine is built on the model that this one refused.
-    if _state(model) != before and reason:
+    if state_of(model) != before and reason:
         raise AssertionError(f"{engine_type.name!r} changes a model that it refuses")
     return reason
 
@@ -272,26 +268,6 @@ def _require_refused(action: Callable[[], object], what: str) -> None:
         kind = type(error).__name__
         raise AssertionError(f"{what} with {kind} ({error}), not with an EngineError") from None
     raise AssertionError(what)
-
-
-def _state(model: Any) -> dict[str, object]:
-    return {
-        "the parameters": {n: (p.data_ptr(), p.requires_grad) for n, p in model.named_parameters()},
-        "the modules": {n: (type(m), m.forward.__func__) for n, m in model.named_modules()},
-        "training mode": {n: m.training for n, m in model.named_modules()},
-        "the attention": model.config._attn_implementation,
-        "hooks": {n: _hooks(m) for n, m in model.named_modules()},
-    }
-
-
-def _hooks(module: Any) -> int:
-    return len(module._forward_hooks) + len(module._forward_pre_hooks)
-
-
-def _logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(tiny.batch()["input_ids"], use_cache=False).logits
-    return result
 
 
 CHECKS = checks_of(
