@@ -39,3 +39,8 @@ def test_a_table_without_rows_has_its_head(capsys: pytest.CaptureFixture[str]) -
 def test_json_takes_paths(capsys: pytest.CaptureFixture[str]) -> None:
     echo_json({"path": Path("a/b")})
     assert json.loads(capsys.readouterr().out) == {"path": "a/b"}
+
+
+def test_json_has_no_numbers_that_are_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
+    echo_json({"a": [float("nan"), 1.5], "b": (float("inf"),)})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5], "b": [None]}

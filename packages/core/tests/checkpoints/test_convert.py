@@ -10,7 +10,9 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -177,6 +179,28 @@ def test_hostile_metadata_runs_nothing(
         with pytest.raises(core.CheckpointError):
             convert.plan(folder, tmp_path / "out", "safetensors", run)
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"relative_path": "../outside"},
+        {"relative_path": "/etc/hostname"},
+        {"length": 10**15},
+        {"offset": -5},
+        {"transform_descriptors": ["stream.zstd"]},
+    ],
+)
+def test_forged_entries_are_refused(run: core.Run, tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = tmp_path / "in"
+    dcp.save({"x": torch.ones(4)}, checkpoint_id=folder)
+    metadata = dcp.FileSystemReader(folder).read_metadata()
+    metadata.storage_data = {k: replace(v, **change) for k, v in metadata.storage_data.items()}
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    conversion, reader = convert.plan(folder, tmp_path / "out", "safetensors", run)
+    with pytest.raises(core.CheckpointError):
+        convert.execute(conversion, reader, run)
+    assert not (tmp_path / "out").exists()
 
 
 def header(content: bytes, claimed: int | None = None) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,8 @@ def without_cache(model: nn.Module, prompt: list[int], new: int) -> list[int]:
 
 
 def longrope_llama() -> nn.Module:
-    return build("Llama", rope_parameters=longrope().config.rope_parameters)
+    like: Any = longrope()
+    return build("Llama", rope_parameters=dict(like.config.rope_parameters))
 
 
 @pytest.mark.parametrize("family", ["Llama", "Phi3", "Qwen3", "Mistral"])
@@ -77,7 +79,7 @@ def test_a_change_of_frequencies_drops_the_cache(family: str) -> None:
 
 def test_frequencies_that_drift_keep_the_cache() -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 8.0}
-    model = build("Llama", rope_parameters=rope, max_position_embeddings=16)
+    model: Any = build("Llama", rope_parameters=rope, max_position_embeddings=16)
     model.config.max_position_embeddings = 256
     passes: list[int] = []
     model.register_forward_pre_hook(

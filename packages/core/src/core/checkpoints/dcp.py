@@ -138,9 +138,7 @@ class DcpReader(FileSystemReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         for item in plan.items:
             info = self.storage_data[item.storage_index]
-            if info.transform_descriptors:
-                return super().read_data(plan, planner)
-            plain_name(info.relative_path)
+            self._check(info)
             if item.type == LoadItemType.BYTE_IO:
                 blob = bytearray(info.length)
                 self._source.read_into(info.relative_path, info.offset, blob)
@@ -150,6 +148,18 @@ class DcpReader(FileSystemReader):
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _check(self, info: _StorageInfo) -> None:
+        """Refuse an entry that leaves the folder or its file, or that is packed in any way."""
+        name = plain_name(info.relative_path)
+        if info.transform_descriptors:
+            packed = ", ".join(info.transform_descriptors)
+            raise CheckpointError(
+                f"{name} is packed with {packed}", why="only plain files are read"
+            )
+        end = info.offset + info.length
+        if min(info.offset, info.length) < 0 or end > self._source.size(name):
+            raise CheckpointError(f"{name} is damaged", why=f"an entry would end at byte {end:,}")
 
     def _read_tensor(self, item: ReadItem, info: Any, planner: LoadPlanner) -> None:
         blob = self._source, info.relative_path, info.offset, info.length

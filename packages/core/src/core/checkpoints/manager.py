@@ -247,6 +247,7 @@ class Checkpoints:
     def _prepare(self, final: Path) -> Path:
         """Own the directory, and agree with all ranks on a temporary folder."""
         problem = ""
+        temporary = final.with_name(f"{final.name}{TEMPORARY}{uuid.uuid4().hex[:8]}")
         if self.run.is_main:
             try:
                 self.own()
@@ -255,13 +256,15 @@ class Checkpoints:
                         logger.warning("a later checkpoint is set aside: %s", path)
                 if final.exists():
                     raise CheckpointError(f"{final} exists already")
+                temporary.mkdir()
             except (CheckpointError, OSError) as error:
                 problem = str(error)
         self._went_back_to = None
-        token, problem = self.run.ranks.gather((uuid.uuid4().hex[:8], problem))[0]
+        agreed: tuple[Path, str] = self.run.ranks.gather((temporary, problem))[0]
+        temporary, problem = agreed
         if problem:
             raise CheckpointError(problem)
-        return final.with_name(f"{final.name}{TEMPORARY}{token}")
+        return temporary
 
     def _submit(self, parts: Parts, step: int, temporary: Path, final: Path) -> Save:
         chosen = self.format().value
