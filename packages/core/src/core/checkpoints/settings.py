@@ -18,7 +18,8 @@ class CheckpointSettings(Settings):
     """Name of a checkpoint format, or ``auto`` for the best one that works on this disk."""
 
     storage: str = "auto"
-    """Name of the storage that carries bytes, or ``auto`` for the best one that works here."""
+    """Name of the storage that carries the bytes of readers, of converters and of the formats that
+    ask for one, or ``auto`` for the best that works on the disk in question."""
 
     directory: str = ""
     """Folder of the checkpoints; empty for ``checkpoints`` in the run's folder."""
