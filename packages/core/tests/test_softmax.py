@@ -119,7 +119,9 @@ def test_merge_is_finite_for_any_gap(gap: float) -> None:
     right = Partial(torch.full((1, 1, 1, 2), 5.0), torch.full((1, 1, 1), gap))
     output, lse = merge(left, right)
     share = torch.tensor(gap, dtype=torch.float64).sigmoid().item()
-    torch.testing.assert_close(output.double(), torch.full_like(output.double(), 3 + 2 * share))
+    # A few roundings of float32, not the tolerance of float64.
+    expected = torch.full_like(output, 3 + 2 * share)
+    torch.testing.assert_close(output, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(lse, torch.logaddexp(left.lse, right.lse))
 
 
