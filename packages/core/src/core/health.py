@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 from core import hooks
 from core.contributions import Reading
 from core.discovery import BUILTIN
+from core.disk import nearest_existing
 from core.hooks import Hooks
 from core.plugins import Plugin, State
-from core.storage import nearest_existing
 
 if TYPE_CHECKING:
     from core.run import Run

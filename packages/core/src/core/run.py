@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from core import hooks
 from core.contributions import Settings, Stage
 from core.discovery import BUILTIN, discover
+from core.disk import replace_file
 from core.distributed import Ranks
 from core.errors import CoreError, PluginError
 from core.events import Event, RunEnded, RunStarted
@@ -22,7 +23,6 @@ from core.plan import Plan, select
 from core.plugins import Plugins
 from core.sections import require_choices, settings_sections, why_unknown
 from core.settings import dump, gather, names, validate
-from core.storage import replace_file
 
 if TYPE_CHECKING:
     import torch

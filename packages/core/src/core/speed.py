@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.contributions import Reading, Stage, Transform
+from core.disk import nearest_existing
 from core.plan import Plan
 from core.plugins import Contributed
-from core.storage import nearest_existing
 
 if TYPE_CHECKING:
     from core.run import Run

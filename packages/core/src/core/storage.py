@@ -17,15 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from core.contributions import Storage
-from core.disk import (
-    TEMPORARY as TEMPORARY,
-    disk_errors as disk_errors,
-    nearest_existing as nearest_existing,
-    plain_name as plain_name,
-    replace_file as replace_file,
-    sync,
-    sync_file as sync_file,
-)
+from core.disk import TEMPORARY, disk_errors, plain_name, sync
 from core.errors import CheckpointError
 
 Buffer = bytes | bytearray | memoryview

@@ -32,8 +32,9 @@ from torch.futures import Future
 
 from core.checkpoints.blobs import Slice, locate
 from core.checkpoints.boxes import fill
+from core.disk import disk_errors, plain_name
 from core.errors import CheckpointError
-from core.storage import ByteSource, FileSource, disk_errors, plain_name
+from core.storage import ByteSource, FileSource
 
 if TYPE_CHECKING:
     from core.run import Run

@@ -24,8 +24,8 @@ from typing import Annotated, Any, ClassVar
 from annotated_types import Ge
 from pydantic import TypeAdapter
 
+from core.disk import TEMPORARY, disk_errors, plain_name, sync_file
 from core.errors import CheckpointError
-from core.storage import TEMPORARY, disk_errors, plain_name, sync_file
 
 logger = logging.getLogger("core")
 MANIFEST = "manifest.json"

@@ -22,11 +22,12 @@ from core.checkpoints.state import Parts, State, loaded_values, restore, room, s
 from core.checkpoints.writing import Writing
 from core.choice import Choice, choose
 from core.contributions import CheckpointFormat, Storage
+from core.disk import TEMPORARY, nearest_existing
 from core.errors import CheckpointError
 from core.events import CheckpointSaved
 from core.hooks import Hooks
 from core.plugins import Contributed
-from core.storage import TEMPORARY, nearest_existing, publish
+from core.storage import publish
 
 if TYPE_CHECKING:
     from torch import Tensor

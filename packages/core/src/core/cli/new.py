@@ -16,9 +16,9 @@ import click
 
 from core import __version__
 from core.discovery import RESERVED
+from core.disk import disk_errors
 from core.errors import CoreError
 from core.hooks import GROUP
-from core.storage import disk_errors
 
 _NAME = re.compile(r"core-[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _SUFFIX = ".template"

@@ -16,10 +16,10 @@ from core.cli import plugins_of
 from core.cli.options import as_json, make_run, plugins_for, run_options
 from core.cli.table import echo_json, echo_table
 from core.contributions import Recipe
+from core.disk import disk_errors
 from core.errors import CoreError, closest
 from core.hooks import Hooks
 from core.plugins import Plugins
-from core.storage import disk_errors
 
 _LEFT = (
     "settings.json",

@@ -31,7 +31,7 @@ class LiveEngines:
     def build(self, model: nn.Module, name: str | None = None) -> Engine:
         """Build the named engine, or the preferred one that serves the model.
 
-        Until it is closed, the engine hears of every step of an optimizer over its parameters.
+        While the run lasts, the engine hears of every step of an optimizer over its parameters.
 
         Args:
             model: a transformers causal language model.
@@ -82,11 +82,11 @@ class _Attempt:
 def watch_weights(engine: Engine, model: nn.Module) -> weakref.finalize[..., Engine]:
     """Call ``engine.weights_changed()`` after every step of an optimizer over its parameters.
 
-    Ends with ``engine.close()``, with the engine itself, or by calling the result. Neither engine
-    nor model is kept alive by it.
+    Ends with the engine itself, or by calling the result; a closed engine may still be told.
+    Neither engine nor model is kept alive by it.
 
     Args:
-        engine: any engine; a Python object that takes attributes and weak references.
+        engine: any engine; an object that takes weak references.
         model: the module that it was built on.
 
     Example::
@@ -98,8 +98,6 @@ def watch_weights(engine: Engine, model: nn.Module) -> weakref.finalize[..., Eng
     handle = register_optimizer_step_post_hook(told)
     watch = weakref.finalize(engine, handle.remove)
     watch.atexit = False
-    # The engine may be anybody's, so its own close() cannot know of the hook.
-    setattr(engine, "close", partial(_close, weakref.ref(engine), watch))  # noqa: B010
     return watch
 
 
@@ -116,11 +114,3 @@ def _stepped(
     # Looked up anew: sharding replaces parameters after an engine was built.
     if any(id(parameter) in stepped for parameter in module.parameters()):
         served.weights_changed()
-
-
-def _close(engine: Callable[[], Engine | None], watch: Callable[[], object]) -> None:
-    watch()
-    served = engine()
-    if served is not None:
-        vars(served).pop("close", None)
-        served.close()

@@ -12,6 +12,7 @@ from torch import nn
 
 from core.catalogue import not_installed
 from core.contributions import Row, Step
+from core.disk import replace_file
 from core.engines import Sampling, generate
 from core.hooks import Hooks
 from core.plugins import blame
@@ -19,7 +20,6 @@ from core.recipes.report import plot_losses, print_rows
 from core.recipes.tokens import Data
 from core.recipes.train import train_model
 from core.recipes.trigram import Trigram
-from core.storage import replace_file
 
 if TYPE_CHECKING:
     from core.run import Run

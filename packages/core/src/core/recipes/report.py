@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from core.contributions import Row
-from core.storage import replace_file
+from core.disk import replace_file
 
 if TYPE_CHECKING:
     from core.run import Run
