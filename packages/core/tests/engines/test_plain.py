@@ -217,3 +217,28 @@ def test_drawn_tokens_are_among_those_kept(
     if top_k == 0:
         assert float(probabilities[order[:rank]].sum()) < top_p + 1e-6
     assert logprob <= 1e-6
+
+
+def test_a_refused_prompt_leaves_no_other_behind(model: nn.Module) -> None:
+    engine = PlainEngine(model)
+    with pytest.raises(core.EngineError, match="empty"):
+        generate(engine, [PROMPTS[0], PROMPTS[1], []])
+    assert engine.step() == []
+
+
+def test_a_failing_forward_ends_its_request_only(
+    model: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = copy.deepcopy(model)
+    original = broken.forward
+
+    def forward(*args: object, **kwargs: object) -> object:
+        if kwargs["input_ids"].shape[1] == len(PROMPTS[2]):  # type: ignore[attr-defined]
+            raise RuntimeError("out of memory")
+        return original(*args, **kwargs)
+
+    broken.forward = forward  # type: ignore[method-assign]
+    good, bad = generate(PlainEngine(broken), [PROMPTS[0], PROMPTS[2]], Sampling(max_new_tokens=4))
+    assert (good.finish, len(good.ids)) == ("length", 4)
+    assert (bad.finish, bad.ids) == ("error", ())
+    assert "out of memory" in caplog.text

@@ -175,12 +175,26 @@ def generate(
         prompt if isinstance(prompt, Request) else Request(prompt=prompt, sampling=wanted)
         for prompt in prompts
     ]
-    order = [engine.add(request) for request in requests]
+    order = _add_all(engine, requests)
     tokens: dict[int, list[Token]] = {request: [] for request in order}
     while made := engine.step():
         for token in made:
             tokens.setdefault(token.request, []).append(token)
     return [_complete(request, tokens[request]) for request in order]
+
+
+def _add_all(engine: Engine, requests: Sequence[Request]) -> list[int]:
+    """Queue all requests; when one is refused, none of the others stays behind."""
+    order: list[int] = []
+    try:
+        order.extend(engine.add(request) for request in requests)
+    except EngineError:
+        for number in order:
+            engine.cancel(number)
+        while engine.step():
+            pass
+        raise
+    return order
 
 
 def _complete(request: int, tokens: Sequence[Token]) -> Completion:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ from core.positions.rotary import Rotary
 
 if TYPE_CHECKING:
     from core.run import Run
+
+logger = logging.getLogger("core")
 
 
 @dataclass
@@ -73,11 +76,19 @@ class PlainEngine:
             self._active[request].cancelled = True
 
     def step(self) -> list[Token]:
-        made = [self._advance(number, active) for number, active in list(self._active.items())]
+        made = [self._try(number, active) for number, active in list(self._active.items())]
         for token in made:
             if token.finish is not None:
                 del self._active[token.request]
         return made
+
+    def _try(self, number: int, active: _Active) -> Token:
+        """A request whose forward pass fails ends with an error; the others go on."""
+        try:
+            return self._advance(number, active)
+        except Exception:
+            logger.exception("request %d failed", number)
+            return Token(request=number, id=-1, finish="error", weights=self._weights)
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         replace_weights(self.model, tensors)
