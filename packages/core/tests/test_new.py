@@ -142,8 +142,10 @@ def test_new_package_is_tidy(name: str, tmp_path: Path) -> None:
         ("core-2fast", "lower-case words"),
         ("core-a--b", "such as 'core-a-b'"),
         ("core-../etc", "such as 'core-etc'"),
-        ("core-train", r"section \[train\] is core's own"),
+        ("core-train", "is a name of core's own"),
         ("core-core", "core's own"),
+        ("core-enable", "core's own"),
+        ("core-import", "a word of Python"),
     ],
 )
 def test_names_that_are_refused(name: str, message: str, tmp_path: Path) -> None:
