@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from core.errors import CoreError
+
 if TYPE_CHECKING:
     from core.testing.contract.subject import Subject
 
@@ -75,6 +77,22 @@ def require(condition: object, message: str) -> None:
     """
     if not condition:
         raise AssertionError(message)
+
+
+def require_refused(action: Callable[[], object], what: str) -> None:
+    """Fail the check unless ``action`` raises a :class:`CoreError`.
+
+    Raises:
+        AssertionError: that says ``what`` was not refused, or with which other exception.
+    """
+    try:
+        action()
+    except CoreError:
+        return
+    except Exception as error:
+        kind = type(error).__name__
+        raise AssertionError(f"{what} with {kind} ({error}), not with a CoreError") from None
+    raise AssertionError(what)
 
 
 def remark(message: str) -> None:

@@ -15,7 +15,7 @@ from core.errors import CoreError
 from core.identity import CacheIdentity
 from core.testing import tiny
 from core.testing.contract.answers import NEW, Ids, prompts_for, reference
-from core.testing.contract.check import Skip, checks_of, require
+from core.testing.contract.check import Skip, checks_of, require, require_refused
 from core.testing.contract.subject import Subject
 from core.testing.contract.untouched import logits_of, overwrite, state_of
 
@@ -78,7 +78,7 @@ def load_weights(subject: Subject) -> None:
                 what = (
                     f"{engine_type.name!r} accepts the weight {bad[0]!r} of {tuple(bad[1].shape)}"
                 )
-                _require_refused(partial(engine.load_weights, given), what)
+                require_refused(partial(engine.load_weights, given), what)
             again = generate(engine, [prompt], _GREEDY)[0]
             refused = again.ids == before.ids
             require(refused, f"{engine_type.name!r} keeps a part of weights that it refused")
@@ -105,7 +105,7 @@ def refuses(subject: Subject) -> None:
         with _engine(subject, engine_type, model) as engine:
             for what, request in bad.items():
                 text = f"{engine_type.name!r} accepts {what}"
-                _require_refused(partial(engine.add, request), text)
+                require_refused(partial(engine.add, request), text)
             (found,) = generate(engine, [prompt], _GREEDY)
         _require_same(engine_type, list(found.ids), reference(build, prompt), "refused ones")
 
@@ -257,17 +257,6 @@ def _require_same(engine_type: EngineType, ids: Sequence[int], wanted: Ids, besi
             f"{engine_type.name!r} differs from generate at token {at} ({beside}): "
             f"{list(ids)} instead of {wanted}"
         )
-
-
-def _require_refused(action: Callable[[], object], what: str) -> None:
-    try:
-        action()
-    except CoreError:
-        return
-    except Exception as error:
-        kind = type(error).__name__
-        raise AssertionError(f"{what} with {kind} ({error}), not with an EngineError") from None
-    raise AssertionError(what)
 
 
 CHECKS = checks_of(

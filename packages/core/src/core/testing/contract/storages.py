@@ -11,7 +11,7 @@ from pathlib import Path
 from core.contributions import Storage
 from core.errors import CoreError
 from core.storage import ByteSink
-from core.testing.contract.check import Skip, checks_of, require
+from core.testing.contract.check import Skip, checks_of, require, require_refused
 from core.testing.contract.subject import Subject
 
 _SIZE = 1_000_003
@@ -99,7 +99,7 @@ def no_overwrite(subject: Subject) -> None:
         sink = storage.sink(path)
         try:
             what = f"{storage.name!r} overwrites a file that is there"
-            _require_refused(partial(sink.open, "data", 3), what)
+            require_refused(partial(sink.open, "data", 3), what)
         finally:
             sink.abort()
         _require_files(path, {"data": b"old"}, f"a refused open() of {storage.name!r}")
@@ -113,10 +113,10 @@ def out_of_range(subject: Subject) -> None:
         try:
             for offset, data in [(2, b"long"), (-1, b"x"), (5, b"x")]:
                 what = f"{storage.name!r} accepts {len(data)} bytes at {offset} of a file of 4"
-                _require_refused(partial(sink.write_at, "data", offset, data), what)
+                require_refused(partial(sink.write_at, "data", offset, data), what)
             for name in ("../data", "/data", ""):
                 what = f"{storage.name!r} accepts the file name {name!r}"
-                _require_refused(partial(sink.open, name, 4), what)
+                require_refused(partial(sink.open, name, 4), what)
         finally:
             sink.abort()
 
@@ -146,10 +146,10 @@ def truncated(subject: Subject) -> None:
         source = storage.source(folder)
         for offset, length in [(0, 6), (5, 1), (100, 4)]:
             what = f"{storage.name!r} reads {length} bytes at {offset} of a file of 5"
-            _require_refused(partial(source.read_into, "data", offset, bytearray(length)), what)
+            require_refused(partial(source.read_into, "data", offset, bytearray(length)), what)
         what = f"{storage.name!r} reads a missing file"
-        _require_refused(partial(source.read_into, "absent", 0, bytearray(1)), what)
-        _require_refused(partial(source.size, "absent"), what)
+        require_refused(partial(source.read_into, "absent", 0, bytearray(1)), what)
+        require_refused(partial(source.size, "absent"), what)
         source.close()
 
 
@@ -201,17 +201,6 @@ def _require_works(action: Callable[[], object], what: str) -> None:
 def _require_only(folder: Path, names: set[str], what: str) -> None:
     found = {path.name for path in folder.iterdir()} - names
     require(not found, f"{what} leaves {', '.join(sorted(found))}")
-
-
-def _require_refused(action: Callable[[], object], what: str) -> None:
-    try:
-        action()
-    except CoreError:
-        return
-    except Exception as error:
-        kind = type(error).__name__
-        raise AssertionError(f"{what} with {kind} ({error}), not with a CoreError") from None
-    raise AssertionError(what)
 
 
 CHECKS = checks_of(
