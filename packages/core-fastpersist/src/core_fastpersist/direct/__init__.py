@@ -1,0 +1,1 @@
+"""Direct I/O: aligned memory, files written in parallel chunks, digests; needs no torch."""
