@@ -386,6 +386,18 @@ class _Greedy(FileSystemWriter):
         return state_dict
 
 
+class _Whole(FileSystemWriter):
+    """Takes the tensors from the planner's state, which a conversion never holds as a whole."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        assert all(torch.is_tensor(tensor) for tensor in planner.state_dict.values())
+        return super().write_data(plan, planner)
+
+
+def _whole(path: Path, run: object) -> Any:
+    return _Whole(path, thread_count=1)
+
+
 def _zeros(path: Path, run: object) -> Any:
     return _Zeros(path)
 
@@ -414,6 +426,10 @@ def _never(path: Path) -> bool:
         ({"reader": _crashing}, "formats.damaged", "raises EOFError, no CoreError"),
         ({"detect": _every_folder}, "formats.ignores-others", "takes an empty folder"),
         ({"detect": _never}, "formats.recognises-own", "does not recognise"),
+        ({"detect": _never}, "formats.unambiguous", "is taken for 'dcp'"),
+        ({}, "formats.unambiguous", "looks like bad, dcp; does it extend another format?"),
+        ({"writer": _whole}, "formats.streams", "converting to 'bad' raises AttributeError"),
+        ({"reader": _zeros}, "formats.streams", "changes tensors that are converted"),
         ({"writer": _greedy}, "saves.stable", "the state after a later step"),
     ],
 )

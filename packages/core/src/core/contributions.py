@@ -140,6 +140,8 @@ class CheckpointFormat:
         planner: plans which rank writes what; DCP's default unless given.
         preference: ``checkpoint.format = "auto"`` takes the highest that works; None: only by name.
         works: why it cannot be used for checkpoints in this folder, or an empty string.
+        extends: name of the format that this is a dialect of, whose reader reads it too. What both
+            recognise is of the dialect.
     """
 
     name: str
@@ -150,6 +152,7 @@ class CheckpointFormat:
     planner: Callable[[Run], SavePlanner] | None = None
     preference: int | None = None
     works: Callable[[Path], str] = always_works
+    extends: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

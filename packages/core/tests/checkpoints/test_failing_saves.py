@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 
 import core
 from core.contributions import CheckpointFormat
-from core.discovery import discover
+from core.discovery import plugins_from
 from core.hooks import Hooks
 from core.plugins import Plugin, Plugins, State
 
@@ -54,7 +54,7 @@ def never(path: Path) -> bool:
 
 
 def with_formats(*formats: CheckpointFormat) -> Plugins:
-    """The plugins of this process and one more that offers ``formats``."""
+    """Core and one more plugin that offers ``formats``."""
 
     def checkpoints() -> Iterable[CheckpointFormat]:
         return formats
@@ -64,7 +64,7 @@ def with_formats(*formats: CheckpointFormat) -> Plugins:
         state=State.ACTIVE,
         implementations={Hooks.core_checkpoints.__name__: checkpoints},
     )
-    return Plugins([*discover(), extra])
+    return Plugins([*plugins_from({}), extra])
 
 
 FULL = CheckpointFormat(
@@ -105,7 +105,7 @@ def test_the_failure_comes_at_the_wait_and_at_the_end(tmp_path: Path) -> None:
 
 
 def test_the_checkpoint_before_a_failed_one_stays(tmp_path: Path) -> None:
-    with core.start(folder=tmp_path) as run:
+    with core.start(folder=tmp_path, plugins=with_formats()) as run:
         run.save({"x": torch.ones(1)}, 1).durable()
     with core.start(folder=tmp_path, plugins=with_formats(FULL)) as run:
         save = run.save({"x": torch.zeros(1)}, 2)

@@ -102,7 +102,7 @@ def _try_file(path: Path, descriptor: int) -> Alignment:
         os.preadv(descriptor, [read], 0)
     except OSError as error:
         return replace(found, direct=False, reason=_reason(error))
-    if read != pattern:
+    if bytes(read) != pattern:
         return replace(found, direct=False, reason="a block came back changed")
     return found
 

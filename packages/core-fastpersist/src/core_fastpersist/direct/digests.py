@@ -11,7 +11,7 @@ import xxhash
 from core.errors import CheckpointError
 
 _HEX = 32
-_SMALLEST_CHUNK = 512
+_SMALLEST_CHUNK, _LARGEST_CHUNK = 512, 2**30
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Digests:
             hashes = tuple(value["hashes"])
             if value["algorithm"] != "xxh3_128":
                 raise ValueError(f"unknown algorithm {value['algorithm']!r}")
-            if chunk < _SMALLEST_CHUNK or start > size:
+            if not _SMALLEST_CHUNK <= chunk <= _LARGEST_CHUNK or start > size:
                 raise ValueError(f"chunks of {chunk} bytes from {start} of {size}")
             if len(hashes) != count(start, chunk, size) or not all(map(_is_hash, hashes)):
                 raise ValueError(f"{len(hashes)} digests for {count(start, chunk, size)} chunks")

@@ -73,6 +73,10 @@ class NewFile:
         size: bytes.
         options: how it is written.
 
+    Attributes:
+        block: bytes that places of writes are multiples of.
+        written: what it has cost so far.
+
     Raises:
         CheckpointError: when the path is taken, or there is no room for ``size`` bytes.
     """
@@ -83,14 +87,16 @@ class NewFile:
         self.options = options or WriteOptions()
         self.written = Written()
         found = alignment_of(path.parent)
-        self._block, self._memory = found.offset, found.memory
+        self.block, self._memory = found.offset, found.memory
         wanted = found.direct if self.options.direct is None else self.options.direct
         self._direct = wanted and found.direct
         self._lock = threading.Lock()
-        self._padded = -(-size // self._block) * self._block
+        self._padded = -(-size // self.block) * self.block
         with disk_errors(f"cannot create {path}"):
             self._descriptor = _create(path, self._direct)
         try:
+            # Whoever finds this file and can lock it knows that its writer was killed.
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._reserve()
         except BaseException:
             self.abort()
@@ -115,7 +121,7 @@ class NewFile:
         if found.end > self.size:
             raise ValueError(f"pieces end at byte {found.end} of a file of {self.size}")
         first = self._up(keep_head)
-        chunk = max(self.options.chunk, self._block)
+        chunk = max(self.options.chunk, self.block)
         hashes: dict[int, str] = {}
 
         def work(cell: tuple[int, int]) -> None:
@@ -142,6 +148,21 @@ class NewFile:
         """
         end = min(self._up(keep_head), self.size)
         self._write_range(Pieces(pieces), 0, end, end, lambda _: None)
+
+    def write_range(self, pieces: Sequence[Piece], begin: int, end: int) -> None:
+        """Write a part of the file; any thread, any order.
+
+        Args:
+            pieces: what the part is made of.
+            begin: first byte, a multiple of :attr:`block`.
+            end: first byte after it, a multiple of :attr:`block` or the end of the file.
+        """
+        found = Pieces(pieces)
+
+        def work(cell: tuple[int, int]) -> None:
+            self._write_range(found, *cell, cell[1], lambda _: None)
+
+        self._in_threads(work, cells(begin, max(self.options.chunk, self.block), end))
 
     def sync(self) -> None:
         """Make the bytes durable.
@@ -272,7 +293,7 @@ class NewFile:
             if piece.shift is None or piece.shift % self._memory:
                 continue
             first = self._up(max(begin, piece.offset))
-            last = min(end, piece.end) // self._block * self._block
+            last = min(end, piece.end) // self.block * self.block
             if last - first < _SMALLEST_DIRECT:
                 continue
             if first > position:
@@ -298,7 +319,7 @@ class NewFile:
                 continue
             if self._direct:
                 # Past a cut that is no block, the rest could not be written directly.
-                count -= count % self._block
+                count -= count % self.block
             if count == 0:
                 if not self._direct:
                     raise CheckpointError(f"cannot write {self.path}", why="the disk takes nothing")
@@ -315,7 +336,7 @@ class NewFile:
         refused(self.path.parent, reason)
 
     def _up(self, offset: int) -> int:
-        return -(-offset // self._block) * self._block
+        return -(-offset // self.block) * self.block
 
     def _count(self, straight: int = 0, copied: int = 0) -> None:
         with self._lock:

@@ -41,6 +41,8 @@ def locate(blob: Slice) -> StoredTensor | None:
         start = entry.header_offset + len(header) + sum(struct.unpack_from("<HH", header, 26))
     except pickle.UnpicklingError:
         return None
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever a damaged archive makes of the parsers
         raise CheckpointError(f"{blob.name} is damaged", why=str(error)) from None
     if not tensor.contiguous or entry.compress_type != zipfile.ZIP_STORED:

@@ -67,7 +67,7 @@ class Conversion:
 
 
 def detect(path: Path, run: Run) -> Contributed[CheckpointFormat]:
-    """Find the format of what is at ``path``.
+    """Find the format of what is at ``path``; a dialect goes before the format that it extends.
 
     Raises:
         CheckpointError: when no format, or more than one, recognises it.
@@ -76,8 +76,10 @@ def detect(path: Path, run: Run) -> Contributed[CheckpointFormat]:
         raise CheckpointError(f"{path} does not exist")
     formats = run.checkpoints.formats()
     found = [c for c in formats if c.value.reader is not None and c.value.detect(path)]
-    if len(found) == 1:
-        return found[0]
+    extended = {c.value.extends for c in found}
+    dialects = [c for c in found if not extended & {c.value.name, c.id}]
+    if len(dialects) == 1:
+        return dialects[0]
     names = ", ".join(sorted(c.value.name for c in (found or formats)))
     state = f"looks like {names}" if found else "is of no known format"
     fix = "`core convert --from` names one" if found else f"known formats: {names}"

@@ -15,8 +15,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar
@@ -59,7 +59,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write and sync it in ``folder``."""
-        content = json.dumps({"version": VERSION, **asdict(self)}, indent=1)
+        content = json.dumps({"version": VERSION, **vars(self)})
         sync_file(folder / MANIFEST, content.encode())
 
     @classmethod
@@ -159,13 +159,19 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if name != MANIFEST}
 
 
-def prune(directory: Path, keep: int) -> None:
+def prune(directory: Path, keep: int, known: Collection[Path] = ()) -> None:
     """Remove all but the newest ``keep`` valid checkpoints; 0 keeps everything.
 
     Damaged ones do not count, and stay for their owner to look at. What cannot be removed stays,
     with a warning: the checkpoint just saved is none the worse.
+
+    Args:
+        directory: the folder of the checkpoints.
+        keep: how many stay.
+        known: checkpoints that need no look, for this process has written them.
     """
-    valid = [path for _, path in steps(directory) if _is_valid(path)] if keep else []
+    found = steps(directory) if keep else []
+    valid = [path for _, path in found if path in known or _is_valid(path)]
     for path in valid[keep:]:
         doomed = path.with_name(f"{path.name}{TEMPORARY}removed")
         try:

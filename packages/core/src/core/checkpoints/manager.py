@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.checkpoints import layout, rng
 from core.checkpoints.layout import Manifest
+from core.checkpoints.outline import Outlines
 from core.checkpoints.reading import manifest_of, open_reader, read
 from core.checkpoints.save import Save, StepGuard
 from core.checkpoints.settings import CheckpointSettings
@@ -64,11 +65,13 @@ class Checkpoints:
     Args:
         run: gives settings, plugins, ranks and plan.
         directory: where they are; by default as the settings say, or in the run's folder.
+        format: what new ones are written in; by default as the settings say.
     """
 
-    def __init__(self, run: Run, directory: Path | None = None) -> None:
+    def __init__(self, run: Run, directory: Path | None = None, format: str | None = None) -> None:
         self.run = run
         self.settings = run.settings(CheckpointSettings)
+        self._wanted = format or self.settings.format
         named = self.settings.directory or run.folder / "checkpoints"
         self.directory = directory or Path(named)
         self._guard = StepGuard(self._announce)
@@ -77,6 +80,8 @@ class Checkpoints:
         self._went_back_to: int | None = None
         self._closed = False
         self._storages: dict[int, Choice[Storage]] = {}
+        self._outlines = Outlines()
+        self._written: set[Path] = set()
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="core-checkpoint")
 
     @cached_property
@@ -102,7 +107,7 @@ class Checkpoints:
                     return "it cannot be written"
                 return self._anybody(candidate.works(existing))
 
-            chosen = choose("checkpoint format", self.settings.format, self.formats(), objection)
+            chosen = choose("checkpoint format", self._wanted, self.formats(), objection)
             self.run.announce(f"checkpoints: {chosen.value.name}, {chosen.why}")
             self._format = chosen
         return self._format
@@ -151,7 +156,7 @@ class Checkpoints:
             raise CheckpointError(f"step {step} is negative", fix="count optimizer steps done")
         self._refuse_closed()
         self.wait()
-        parts = self.run.ranks.agree(lambda: split(state))
+        parts = self.run.ranks.agree(lambda: split(state, self._outlines))
         parts.tensors |= rng.named(self.run.rank)
         final = layout.step_folder(self.directory, step)
         temporary = self._prepare(final)
@@ -276,7 +281,8 @@ class Checkpoints:
             world = self.run.world_size
             Manifest(step, chosen.name, world, parts.values, run, sizes).write(temporary)
             publish(temporary, final)
-            layout.prune(self.directory, self.settings.keep)
+            self._written.add(final)
+            layout.prune(self.directory, self.settings.keep, self._written)
 
         writing = Writing(chosen, temporary, self.run, self._group)
         staged = writing.stage(parts)

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from core.checkpoints.outline import Outlines
 from core.checkpoints.values import Encoded, decode, encode, room_for
 from core.errors import CheckpointError
 
@@ -51,11 +52,15 @@ class Parts:
     stable: set[str] = field(default_factory=set)
 
 
-def split(state: State) -> Parts:
+def split(state: State, outlines: Outlines | None = None) -> Parts:
     """Take a state apart for saving.
 
     Parameters keep their plain names whatever wraps the model (DDP, FSDP2), and optimizer state is
     keyed by parameter name, so that another number of ranks can load it.
+
+    Args:
+        state: what is saved.
+        outlines: what is remembered of the same objects from an earlier call.
 
     Raises:
         CheckpointError: for a value that a checkpoint cannot hold, naming its key.
@@ -70,7 +75,7 @@ def split(state: State) -> Parts:
         if isinstance(part, Tensor):
             parts.tensors[name] = part
         elif isinstance(part, nn.Module | Optimizer):
-            found = _flat(state, name, part)
+            found = _flat(state, name, part, outlines)
             for key, leaf in found.items():
                 if isinstance(leaf, Tensor):
                     parts.tensors[key] = leaf
@@ -148,16 +153,26 @@ def loaded_values(
     return {name: decode(values[name], tensors) for name in plain}
 
 
-def _flat(state: State, name: str, part: nn.Module | Optimizer) -> dict[str, Any]:
-    found: Mapping[str, Any]
-    if isinstance(part, nn.Module):
-        found = get_model_state_dict(part)
-    else:
-        fresh = not part.state
-        found = get_optimizer_state_dict(_owner(state, part), part, options=_OPTIMIZER)
-        if fresh:
-            _undo_first_step(part)
+def _flat(
+    state: State, name: str, part: nn.Module | Optimizer, outlines: Outlines | None = None
+) -> dict[str, Any]:
+    found: Mapping[str, Any] | None = outlines.again(part) if outlines else None
+    if found is None:
+        owner = part if isinstance(part, nn.Module) else _owner(state, part)
+        found = _walk(part, owner)
+        if outlines:
+            outlines.learn(part, found, owner)
     return {f"{name}.{key}": leaf for key, leaf in found.items()}
+
+
+def _walk(part: nn.Module | Optimizer, owner: nn.Module) -> Mapping[str, Any]:
+    if isinstance(part, nn.Module):
+        return get_model_state_dict(part)
+    fresh = not part.state
+    found = get_optimizer_state_dict(owner, part, options=_OPTIMIZER)
+    if fresh:
+        _undo_first_step(part)
+    return found
 
 
 def _undo_first_step(optimizer: Optimizer) -> None:

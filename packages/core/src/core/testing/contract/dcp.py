@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from core.checkpoints.convert import Conversion, execute
 from core.checkpoints.reading import TensorPlanner
 from core.contributions import CheckpointFormat
 from core.errors import CheckpointError, CoreError
@@ -73,9 +75,29 @@ def write(fmt: CheckpointFormat, path: Path, tensors: Mapping[str, Tensor], run:
         with new_folder(path) as folder:
             planner = fmt.planner(run) if fmt.planner else None
             writer = fmt.writer(folder, run)
-            save(dict(tensors), storage_writer=writer, planner=planner, no_dist=True)
+            with _alone():
+                save(dict(tensors), storage_writer=writer, planner=planner, no_dist=True)
     except (Exception, CheckpointException) as error:
         raise _clear(error, f"writing as {fmt.name!r}") from error
+
+
+def stream(
+    fmt: CheckpointFormat, read_as: CheckpointFormat, source: Path, target: Path, run: Run
+) -> None:
+    """Convert a checkpoint from one format to another, as ``core convert`` does it.
+
+    Raises:
+        CoreError: when the format refuses the tensors.
+        AssertionError: for any other failure.
+    """
+    assert read_as.reader is not None
+    try:
+        reader = read_as.reader(source, run)
+        tensors: Any = reader.read_metadata().state_dict_metadata
+        reader.set_up_storage_reader(reader.read_metadata(), True)
+        execute(Conversion(source, target, read_as, fmt, tensors, ()), reader, run)
+    except (Exception, CheckpointException) as error:
+        raise _clear(error, f"converting to {fmt.name!r}") from error
 
 
 def read(
@@ -96,12 +118,19 @@ def read(
         if missing:  # a run refuses these by their names, whatever the format
             raise CheckpointError(f"{path} has no {', '.join(missing)}")
         reader = fmt.reader(path, run)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        with _alone():
             load(found, storage_reader=reader, planner=TensorPlanner(), no_dist=True)
     except (Exception, CheckpointException) as error:
         raise _clear(error, f"reading as {fmt.name!r}") from error
     return found
+
+
+@contextmanager
+def _alone() -> Generator[None]:
+    """Without DCP's remark that there is one process only."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _clear(error: BaseException, what: str) -> Exception:

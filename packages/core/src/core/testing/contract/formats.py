@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from core.checkpoints.convert import detect
 from core.contributions import CheckpointFormat
+from core.discovery import BUILTIN
 from core.errors import CoreError
 from core.hooks import Hooks
 from core.testing.contract.check import Skip, checks_of, remark, require
-from core.testing.contract.dcp import cases, read, sample, write
+from core.testing.contract.dcp import cases, read, sample, stream, write
 from core.testing.contract.subject import Subject
 from core.testing.contract.transforms import same
 
@@ -75,6 +77,39 @@ def ignores_others(subject: Subject) -> None:
             if fmt.name != stranger:
                 found = fmt.detect(path)
                 require(not found, f"{fmt.name!r} takes a {stranger!r} checkpoint for its own")
+
+
+def unambiguous(subject: Subject) -> None:
+    """A run that looks at what the format wrote finds the format, beside all of core's."""
+    for fmt in _writable(subject):
+        path = subject.folder() / "saved"
+        _write_sample(subject, fmt, path)
+        with subject.run() as run:
+            try:
+                found = detect(path, run).value
+            except CoreError as error:
+                reason = f"what {fmt.name!r} wrote is not found to be its own: {error.what}"
+                raise AssertionError(f"{reason}; does it extend another format?") from None
+        require(found == fmt, f"what {fmt.name!r} wrote is taken for {found.name!r}")
+
+
+def streams(subject: Subject) -> None:
+    """The writer takes one tensor at a time, each read when it is asked for, as in a conversion."""
+    formats = _writable(subject)
+    (dcp,) = [found for found in _own_formats(subject) if found.name == "dcp"]
+    tensors = {**sample(), "model.scale": torch.tensor(3.5), "model.none": torch.empty(0, 3)}
+    original = subject.folder() / "saved"
+    with subject.run() as run:
+        write(dcp, original, tensors, run)
+    for fmt in formats:
+        target = subject.folder() / "converted"
+        with subject.run() as run:
+            try:
+                stream(fmt, dcp, original, target, run)
+            except CoreError as error:
+                raise Skip(f"{fmt.name!r} refuses plain tensors: {error.what}") from None
+            found = read(fmt, target, tensors, run)
+        require(same(tensors, found), f"{fmt.name!r} changes tensors that are converted")
 
 
 def damaged(subject: Subject) -> None:
@@ -169,13 +204,25 @@ def _strangers(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def _other_formats(subject: Subject) -> Iterator[tuple[str, Path]]:
     """Checkpoints of core's own formats."""
-    from core.discovery import BUILTIN
-
-    for found in subject.plugins.collect_from([BUILTIN], Hooks.core_checkpoints):
-        if isinstance(found.value, CheckpointFormat):
-            path = subject.folder() / "saved"
-            _write_sample(subject, found.value, path)
-            yield found.value.name, path
+    for fmt in _own_formats(subject):
+        path = subject.folder() / "saved"
+        _write_sample(subject, fmt, path)
+        yield fmt.name, path
 
 
-CHECKS = checks_of("formats", round_trip, source_unchanged, recognises_own, ignores_others, damaged)
+def _own_formats(subject: Subject) -> list[CheckpointFormat]:
+    """Core's formats."""
+    offered = subject.plugins.collect_from([BUILTIN], Hooks.core_checkpoints)
+    return [found.value for found in offered if isinstance(found.value, CheckpointFormat)]
+
+
+CHECKS = checks_of(
+    "formats",
+    round_trip,
+    source_unchanged,
+    recognises_own,
+    ignores_others,
+    unambiguous,
+    streams,
+    damaged,
+)

@@ -1,0 +1,1 @@
+"""Distributed checkpoints: writers, readers and a planner for ``torch.distributed.checkpoint``."""

@@ -1,0 +1,195 @@
+"""The DCP writer: one file a rank in torch's own format, written past the page cache.
+
+Stock ``dcp.load`` reads what it writes. DCP's format allows gaps between its tensors, so every large
+tensor gets a place in the file that is congruent with its address: direct I/O then takes it from where
+it lies, whoever allocated it.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import threading
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import (
+    CURRENT_DCP_VERSION,
+    DEFAULT_SUFFIX,
+    FileSystemWriter,
+    _StorageInfo,  # pyright: ignore[reportPrivateUsage] # stock readers unpickle this class
+)
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from core.disk import disk_errors, replace_file, sync
+from core_fastpersist.coverage import SUFFIX, write_digests
+from core_fastpersist.dcp.blobs import frame
+from core_fastpersist.dcp.staging import Staging
+from core_fastpersist.direct.digests import Digests, digest
+from core_fastpersist.direct.pieces import HostBytes, Piece, Source
+from core_fastpersist.tensors import LaterBytes, source_of
+
+METADATA = ".metadata"
+_ALIGNED = 4096
+_LARGE = 32 * 2**10
+
+
+class NativeWriter(FileSystemWriter):
+    """Writes torch's DCP format at the speed of the disk.
+
+    Takes the place of ``FileSystemWriter`` in ``dcp.save`` and ``dcp.async_save``. Saving twice into
+    one folder is safe: files get new names, and the new ``.metadata`` replaces the old one at once.
+
+    Args:
+        path: folder of the checkpoint.
+        staging: how tensors are staged and files carried; shared by the checkpoints of a run.
+
+    Example:
+        >>> import tempfile, torch
+        >>> import torch.distributed.checkpoint as dcp
+        >>> folder = tempfile.mkdtemp()
+        >>> _ = dcp.save({"w": torch.ones(3)}, storage_writer=NativeWriter(folder))
+        >>> state = {"w": torch.zeros(3)}
+        >>> dcp.load(state, checkpoint_id=folder)
+        >>> state["w"]
+        tensor([1., 1., 1.])
+    """
+
+    def __init__(self, path: str | os.PathLike[str], staging: Staging | None = None) -> None:
+        super().__init__(path)
+        self.staging = staging or Staging()
+
+    def stage(self, state_dict: dict[str, Any]) -> Any:
+        """Stage as the settings of :class:`Staging` say; see there."""
+        return self.staging.stage(state_dict)
+
+    @property
+    def staged(self) -> Any:
+        """Done when the live tensors that :meth:`stage` handed on have been read; else ``None``."""
+        return self.staging.staged
+
+    @property
+    def should_synchronize_after_execute(self) -> bool:
+        return False
+
+    def synchronize_staging(self) -> None:
+        self.staging.synchronize()
+
+    def close(self) -> None:
+        """Keep what was allocated: the staging serves the next checkpoint, too."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        with disk_errors(f"cannot create {self.path}"):
+            Path(self.path).mkdir(parents=True, exist_ok=True)
+        if self.rank is not None and not self.use_collectives:
+            return super().prepare_local_plan(plan)
+        return plan
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        folder = Path(self.path)
+        results: list[WriteResult] = []
+        try:
+            if plan.items:
+                name = f"{plan.storage_data.prefix}{uuid.uuid4().hex[:8]}{DEFAULT_SUFFIX}"
+                image = _lay_out(plan.items, planner)
+                path = folder / name
+                digests = self.staging.carrier.write(path, image.size, image.pieces)
+                write_digests(path, digests)
+                results = [
+                    WriteResult(item.index, length, _StorageInfo(name, offset, length))
+                    for item, offset, length in image.places
+                ]
+            with disk_errors(f"cannot make {folder} durable"):
+                sync(folder)
+        finally:
+            self.staging.read()
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Make the checkpoint visible: metadata and their digest, durable, in place at once."""
+        found = [result for one in results for result in one]
+        metadata.version = CURRENT_DCP_VERSION
+        metadata.storage_data = {result.index: result.storage_data for result in found}
+        metadata.storage_meta = self.storage_meta()
+        own = self.rank if self.rank is not None and not self.use_collectives else None
+        path = Path(self._get_metadata_path(own))
+        content = pickle.dumps(metadata)
+        whole = Digests(0, max(_ALIGNED, len(content)), len(content), (digest(content),))
+        write_digests(path, whole)
+        replace_file(path, content)
+        sync(path.parent)
+        if self.use_collectives:
+            _remove_others(path.parent, {result.storage_data.relative_path for result in found})
+
+
+@dataclass(frozen=True)
+class _Image:
+    """A file before it is written: size, pieces, and the place of every item's archive."""
+
+    size: int
+    pieces: list[Piece]
+    places: list[tuple[WriteItem, int, int]]
+
+
+def _lay_out(items: list[WriteItem], planner: SavePlanner) -> _Image:
+    pieces: list[Piece] = []
+    places: list[tuple[WriteItem, int, int]] = []
+    position = 0
+    lock = threading.Lock()
+    for item in items:
+        before, source, after = _parts(item, planner, lock)
+        first = position + len(before)
+        if source.nbytes >= _LARGE:
+            shift = Piece(0, source).shift or 0
+            first += (shift - first) % _ALIGNED
+        offset, end = first - len(before), first + source.nbytes
+        pieces += [
+            Piece(offset, HostBytes(before)),
+            Piece(first, source),
+            Piece(end, HostBytes(after)),
+        ]
+        position = end + len(after)
+        places.append((item, offset, position - offset))
+    return _Image(position, pieces, places)
+
+
+def _parts(
+    item: WriteItem, planner: SavePlanner, lock: threading.Lock
+) -> tuple[bytes, Source, bytes]:
+    """Bytes before an item's elements, the elements, and bytes after them."""
+    if item.type == WriteItemType.BYTE_IO:
+        data = planner.resolve_data(item)
+        assert isinstance(data, io.BytesIO)
+        return b"", HostBytes(data.getbuffer()), b""
+    assert item.tensor_data is not None
+    shape = tuple(item.tensor_data.chunk.sizes)
+    around = frame(item.tensor_data.properties.dtype, shape)
+
+    def resolve() -> Tensor:
+        data = planner.resolve_data(item)
+        assert isinstance(data, Tensor)
+        return data
+
+    # A planner of DCP hands out what it has; another one may make each tensor when it is asked.
+    if isinstance(planner, DefaultSavePlanner):
+        return around.before, source_of(resolve(), item.index.fqn), around.after
+    nbytes = item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
+    return around.before, LaterBytes(item.index.fqn, nbytes, resolve, lock), around.after
+
+
+def _remove_others(folder: Path, wanted: set[str]) -> None:
+    """Remove the data files of a checkpoint that this one has replaced."""
+    for path in folder.glob(f"__*{DEFAULT_SUFFIX}"):
+        if path.name not in wanted:
+            path.unlink(missing_ok=True)
+            path.with_name(path.name + SUFFIX).unlink(missing_ok=True)

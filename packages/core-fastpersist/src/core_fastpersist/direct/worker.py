@@ -1,0 +1,83 @@
+"""The writer process: takes file images in shared memory, and writes them until its peer is gone.
+
+Started by :class:`core_fastpersist.direct.remote.ProcessCarrier`. It imports no torch, takes no
+pickles, and shares no interpreter lock with the training loop.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+import threading
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from core.errors import CheckpointError
+from core_fastpersist.direct.carrier import ThreadCarrier
+from core_fastpersist.direct.memory import shared_pages
+from core_fastpersist.direct.newfile import WriteOptions
+from core_fastpersist.direct.pieces import HostBytes, Piece
+
+
+def serve(connection: Connection, arena: memoryview) -> None:
+    """Answer requests until the other side closes."""
+    while True:
+        try:
+            request = json.loads(connection.recv_bytes())
+            inline = connection.recv_bytes()
+        except (EOFError, ConnectionError):
+            return
+        connection.send_bytes(json.dumps(_answer(request, inline, arena)).encode())
+
+
+def _answer(request: dict[str, Any], inline: bytes, arena: memoryview) -> dict[str, Any]:
+    try:
+        carrier = ThreadCarrier(WriteOptions(**request["options"]))
+        pieces = _pieces(request["pieces"], memoryview(inline), arena)
+        digests = carrier.write(Path(request["path"]), request["size"], pieces)
+    except CheckpointError as error:
+        return {"error": [error.what, error.why, error.fix]}
+    except Exception as error:
+        return {
+            "error": [f"cannot write {request['path']}", f"{type(error).__name__}: {error}", ""]
+        }
+    return {"digests": digests.as_json()}
+
+
+def _pieces(rows: list[list[int]], inline: memoryview, arena: memoryview) -> list[Piece]:
+    """Pieces from rows of file offset, place in the arena (or -1 for inline) and length."""
+    pieces = []
+    taken = 0
+    for offset, place, length in rows:
+        if place < 0:
+            view, taken = inline[taken : taken + length], taken + length
+        else:
+            view = arena[place : place + length]
+        pieces.append(Piece(offset, HostBytes(view)))
+    return pieces
+
+
+def _leave_with(connection: Connection) -> None:
+    """End at once when the trainer is gone: nobody is left to hear how a write went."""
+    watch = select.poll()
+    watch.register(connection.fileno(), select.POLLRDHUP | select.POLLHUP)
+    watch.poll()
+    os._exit(1)
+
+
+def main() -> None:
+    """Entry point: descriptors of socket and arena, and the arena's size, as arguments."""
+    socket, descriptor, size = (int(argument) for argument in sys.argv[1:4])
+    # An interrupt at the terminal is the trainer's to handle; this process ends with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = Connection(socket)
+    threading.Thread(target=_leave_with, args=(connection,), daemon=True).start()
+    serve(connection, shared_pages(descriptor, size))
+
+
+if __name__ == "__main__":
+    main()

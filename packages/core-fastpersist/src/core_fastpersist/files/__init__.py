@@ -1,0 +1,1 @@
+"""Single files that every other tool reads: safetensors with a Python tree, and ``.pt``."""

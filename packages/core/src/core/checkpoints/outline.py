@@ -1,0 +1,155 @@
+"""Taking the same objects apart again: quickly, as long as their structure has not changed.
+
+Torch finds the names of a model's tensors and of an optimizer's state by walking all of it, which takes
+longer than writing a small checkpoint. Where every name leads back to one place in the live objects, the
+places are remembered. They are looked up anew each time, so a replaced tensor is never missed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+class Outlines:
+    """What is remembered of modules and optimizers; it keeps none of them alive."""
+
+    def __init__(self) -> None:
+        self._known: WeakKeyDictionary[Any, _Module | _Optimizer] = WeakKeyDictionary()
+
+    def again(self, part: nn.Module | Optimizer) -> dict[str, Any] | None:
+        """The leaves of a part by name, or ``None`` where it is new or has changed."""
+        known = self._known.get(part)
+        return None if known is None else known.leaves(part)
+
+    def learn(
+        self, part: nn.Module | Optimizer, found: Mapping[str, Any], owner: nn.Module
+    ) -> None:
+        """Remember where the leaves of a part are, if each has one place.
+
+        Args:
+            part: the object that was taken apart.
+            found: its leaves by name.
+            owner: the module whose parameters an optimizer steps; a module itself.
+        """
+        self._known.pop(part, None)
+        if isinstance(part, nn.Module):
+            places = _places(part, found)
+            if places is not None:
+                self._known[part] = _Module(part, places)
+        elif part.state:
+            outline = _Optimizer(part, _names(owner, found))
+            if _equal(outline.leaves(part), found):
+                self._known[part] = outline
+
+
+class _Module:
+    """A module: by name the index of a submodule, and which of its tensors."""
+
+    def __init__(self, part: nn.Module, places: Mapping[str, tuple[int, str, str]]) -> None:
+        self._places = places
+        self._modules = [ref(module) for module in part.modules()]
+        self._shape = list(_shape(part.modules()))
+
+    def leaves(self, part: Any) -> dict[str, Any] | None:
+        modules = [reference() for reference in self._modules]
+        if any(module is None for module in modules) or list(_shape(modules)) != self._shape:
+            return None
+        found: dict[str, Any] = {}
+        for name, (index, kind, key) in self._places.items():
+            tensor = getattr(modules[index], kind).get(key)
+            if tensor is None:
+                return None
+            found[name] = tensor.detach()
+        return found
+
+
+def _shape(modules: Any) -> Iterator[tuple[Any, ...]]:
+    """What must not change: who is below whom, and how many tensors each has."""
+    for module in modules:
+        below = tuple(map(id, module._modules.values()))
+        yield id(module), below, tuple(module._parameters), tuple(module._buffers)
+
+
+def _places(part: nn.Module, found: Mapping[str, Any]) -> dict[str, tuple[int, str, str]] | None:
+    """The place of every leaf, or ``None`` where one is not found, or might be in several."""
+    seen: defaultdict[tuple[Any, ...], list[tuple[str, tuple[int, str, str]]]] = defaultdict(list)
+    numbers = {module: index for index, module in enumerate(part.modules())}
+    for prefix, module in part.named_modules(remove_duplicate=False):
+        for kind in ("_parameters", "_buffers"):
+            for key, tensor in getattr(module, kind).items():
+                if tensor is not None:
+                    name = _clean(f"{prefix}.{key}" if prefix else key)
+                    seen[_identity(tensor)].append((name, (numbers[module], kind, key)))
+    places: dict[str, tuple[int, str, str]] = {}
+    for name, leaf in found.items():
+        same = seen.get(_identity(leaf), []) if isinstance(leaf, Tensor) else []
+        named = {place for known, place in same if known == _clean(name)}
+        if len(named) != 1:
+            return None
+        places[name] = named.pop()
+    return places
+
+
+class _Optimizer:
+    """An optimizer: its groups, and the names of their parameters."""
+
+    def __init__(self, part: Optimizer, names: Mapping[int, str]) -> None:
+        self._names = [[names.get(id(p), "") for p in g["params"]] for g in part.param_groups]
+        self._shape = list(_groups(part))
+
+    def leaves(self, part: Any) -> dict[str, Any] | None:
+        if list(_groups(part)) != self._shape:
+            return None
+        found: dict[str, Any] = {}
+        for group, names in zip(part.param_groups, self._names, strict=True):
+            for parameter, name in zip(group["params"], names, strict=True):
+                for key, value in part.state.get(parameter, {}).items():
+                    found[f"state.{name}.{key}"] = value
+                for key, value in group.items():
+                    if key != "params":
+                        found[f"param_groups.{name}.{key}"] = value
+        return found
+
+
+def _names(owner: nn.Module, found: Mapping[str, Any]) -> dict[int, str]:
+    """Names of parameters by identity; of a tied one the name that the leaves have."""
+    used = {key.rpartition(".")[0].removeprefix("param_groups.") for key in found}
+    named = ((_clean(n), p) for n, p in owner.named_parameters(remove_duplicate=False))
+    return {id(parameter): name for name, parameter in named if name in used}
+
+
+def _groups(part: Optimizer) -> Iterator[tuple[Any, ...]]:
+    for group in part.param_groups:
+        yield tuple(group), tuple((id(p), *part.state.get(p, ())) for p in group["params"])
+
+
+def _equal(ours: Mapping[str, Any] | None, found: Mapping[str, Any]) -> bool:
+    if ours is None or ours.keys() != found.keys():
+        return False
+    for name, value in found.items():
+        if isinstance(value, Tensor):
+            other = ours[name]
+            if not isinstance(other, Tensor) or _identity(other) != _identity(value):
+                return False
+        elif ours[name] != value:
+            return False
+    return True
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.data_ptr(), local.shape, local.stride(), local.dtype, local.device
+
+
+def _clean(name: str) -> str:
+    """A name without what wrappers (DDP, compile, checkpointing) put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
