@@ -65,7 +65,7 @@ def flip(path: Path, position: int) -> None:
 def test_verify_says_that_all_is_sound(file: Path) -> None:
     result = core("verify", file)
     assert result.exit_code == 0
-    assert "no damage, 1 files sound, 0 not covered by digests" in result.stdout
+    assert "damages: 0; sound files: 1; not covered by digests: 0" in result.stdout
     found = answer(core("verify", file, "--json"))
     assert (found["sound"], found["damages"], found["not_covered"]) == (True, 0, 0)
 
@@ -100,7 +100,7 @@ def test_a_file_without_digests_is_a_warning(tmp_path: Path) -> None:
     save_file({"w": torch.ones(3)}, tmp_path / "plain.safetensors")
     result = core("verify", tmp_path / "plain.safetensors")
     assert result.exit_code == 0
-    assert "1 not covered by digests" in result.stdout
+    assert "not covered by digests: 1" in result.stdout
 
 
 def test_inspect_shows_what_a_file_holds(file: Path) -> None:

@@ -16,6 +16,7 @@ from core.errors import CheckpointError
 from core.testing.fixtures import make_run, plugin_of
 from core_fastpersist.coverage import SUFFIX, digests_of
 from core_fastpersist.dcp.native import NativeWriter
+from core_fastpersist.dcp.shards import SafetensorsWriter
 from core_fastpersist.dcp.staging import Staging
 from core_fastpersist.direct.newfile import WriteOptions
 from core_fastpersist.plugin import Plugin
@@ -42,7 +43,19 @@ def save_safetensors(folder: Path) -> Path:
     return folder / "x.safetensors"
 
 
-KINDS: dict[str, Callable[[Path], Path]] = {"dcp": save_dcp, "safetensors": save_safetensors}
+def save_shards(folder: Path) -> Path:
+    """A safetensors file of DCP with several chunks."""
+    staging = Staging(mode="copy", writer="thread", options=WriteOptions(chunk=CHUNK))
+    dcp.save(dict(STATE), storage_writer=SafetensorsWriter(folder, staging), no_dist=True)
+    (data,) = folder.glob("*.safetensors")
+    return data
+
+
+KINDS: dict[str, Callable[[Path], Path]] = {
+    "dcp": save_dcp,
+    "safetensors": save_safetensors,
+    "shards": save_shards,
+}
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 

@@ -110,9 +110,7 @@ def _row(found: Finding, base: Path) -> tuple[str, ...]:
 
 def _verdict(findings: Sequence[Finding], damages: int, uncovered: int) -> str:
     sound = sum(found.status == "ok" for found in findings)
-    parts = [f"{damages} damages" if damages else "no damage"]
-    parts += [f"{sound} files sound", f"{uncovered} not covered by digests"]
-    return ", ".join(parts)
+    return f"damages: {damages}; sound files: {sound}; not covered by digests: {uncovered}"
 
 
 def _show(title: str, content: Any, limit: int | None) -> None:

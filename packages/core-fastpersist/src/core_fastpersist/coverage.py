@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from core.disk import disk_errors, sync_file
+from core.disk import disk_errors, replace_file
 from core.errors import CheckpointError
 from core_fastpersist.direct.digests import Digests
 from core_fastpersist.files.header import METADATA, PREFIX
@@ -18,13 +18,18 @@ _LARGEST = 256 * 2**20
 _KEY = PREFIX + "digests"
 
 
+def sidecar_of(path: Path) -> Path:
+    """The small file with the digests of a file that has no room for them."""
+    return path.with_name(path.name + SUFFIX)
+
+
 def digests_of(path: Path) -> Digests | None:
     """The digests of a file, or ``None`` where it has none.
 
     Raises:
         CheckpointError: when they, or the header that holds them, are damaged.
     """
-    if path.with_name(path.name + SUFFIX).is_file():
+    if sidecar_of(path).is_file():
         return _beside(path)
     return _in_header(path) if is_safetensors(path) else None
 
@@ -39,15 +44,13 @@ def is_safetensors(path: Path) -> bool:
 
 
 def write_digests(path: Path, digests: Digests) -> None:
-    """Write the digests of a file beside it, durably.
+    """Write the digests of a file beside it, durably, and at once: a kill leaves all or none.
 
     Raises:
         CheckpointError: when the disk refuses.
     """
     content = json.dumps({"version": _VERSION, "file": path.name, **digests.as_json()})
-    sidecar = path.with_name(path.name + SUFFIX)
-    with disk_errors(f"cannot write {sidecar}"):
-        sync_file(sidecar, content.encode())
+    replace_file(sidecar_of(path), content.encode())
 
 
 def _in_header(path: Path) -> Digests | None:
@@ -73,7 +76,7 @@ def _before_the_cut(path: Path) -> Digests | None:
 
 
 def _beside(path: Path) -> Digests:
-    sidecar = path.with_name(path.name + SUFFIX)
+    sidecar = sidecar_of(path)
     with disk_errors(f"cannot read {sidecar}"):
         if sidecar.stat().st_size > _LARGEST:
             raise CheckpointError(f"{sidecar} holds no digests", why="it is too large")

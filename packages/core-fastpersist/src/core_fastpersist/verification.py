@@ -175,7 +175,7 @@ def _sizes(folder: Path) -> Iterator[Finding]:
             state = "missing" if found is None else f"{found:,} bytes long"
             yield Finding(file, "fail", f"{state}; the manifest says {size:,} bytes")
     if not wrong:
-        yield Finding(path, "ok", f"lists {len(sizes)} files, which all have their size")
+        yield Finding(path, "ok", f"all files have the size it lists: {len(sizes):,}")
 
 
 def _inside(name: str) -> str:
@@ -199,7 +199,7 @@ def _read(file: _File, count: Callable[[int], None]) -> list[Finding]:
         return [Finding(file.path, "fail", str(error))]
     if found:
         return found
-    what = f"{len(chunks)} chunks are as they were saved"
+    what = f"as saved, in chunks: {len(chunks):,}"
     return [Finding(file.path, "ok", what, None, file.digests.start, file.digests.size)]
 
 

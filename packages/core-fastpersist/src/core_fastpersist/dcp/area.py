@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ class StagingArea:
         self.shared: SharedArena | None = None
         self._pinned = False
         self._stream: Any = None
+        self._layouts: dict[str, Any] = {}
+        self._targets: list[Tensor] = []
+        self._copies: dict[str, Tensor] = {}
 
     def copy(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
         """Copy tensors into the area, over what was there before.
@@ -38,33 +42,40 @@ class StagingArea:
             the copies by name, on the CPU, sharded as the originals; and a CUDA event after which
             they are complete, or ``None`` when they are.
         """
-        places, size = _lay_out(tensors)
-        self._make_room(size, any(local(t).is_cuda for t in tensors.values()))
-        copies: dict[str, Tensor] = {}
-        cuda = next((t.device for t in tensors.values() if local(t).is_cuda), None)
-        with self._beside(cuda):
-            for name, tensor in tensors.items():
-                source = local(tensor.detach())
-                target = self._room(places[name], source)
-                target.copy_(source, non_blocking=True)
-                if source.is_cuda:
-                    source.record_stream(self._stream)
-                copies[name] = _like(tensor, target)
-        return copies, None if cuda is None else self._stream.record_event()
+        sources = [local(tensor.detach()) for tensor in tensors.values()]
+        cuda = next((source.device for source in sources if source.is_cuda), None)
+        layouts = {name: _layout(tensor) for name, tensor in tensors.items()}
+        if layouts != self._layouts:
+            self._lay_out(tensors, sources, pin=cuda is not None)
+            self._layouts = layouts
+        with self._beside(cuda), torch.no_grad():
+            if sources:
+                torch._foreach_copy_(self._targets, sources, non_blocking=True)
+            for source in sources if cuda else ():
+                source.record_stream(self._stream)
+        return dict(self._copies), None if cuda is None else self._stream.record_event()
 
     def close(self) -> None:
         """Free the memory, once nothing refers to the copies any more."""
+        self._layouts, self._targets, self._copies = {}, [], {}
         if self.shared is not None:
             self._unpin()
             self.shared.close()
             self.shared = None
 
-    def _make_room(self, size: int, cuda: bool) -> None:
+    def _lay_out(self, tensors: Mapping[str, Tensor], sources: Sequence[Tensor], pin: bool) -> None:
+        places, size = _places(tensors)
         if self.shared is None or self.shared.size < size:
             self.close()
             self.shared = SharedArena(size)
-            if cuda:
+            if pin:
                 self._pin()
+        self._targets = [
+            self._room(place, source)
+            for place, source in zip(places.values(), sources, strict=True)
+        ]
+        named = zip(tensors.items(), self._targets, strict=True)
+        self._copies = {name: _like(tensor, target) for (name, tensor), target in named}
 
     def _room(self, place: int, like: Tensor) -> Tensor:
         if like.numel() == 0:
@@ -78,7 +89,7 @@ class StagingArea:
     def _beside(self, device: torch.device | None) -> Any:
         """The stream for copies, behind all that was started before."""
         if device is None:
-            return torch.no_grad()
+            return nullcontext()
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(device))
@@ -106,10 +117,10 @@ class StagingArea:
 
 def size_of(tensors: Mapping[str, Tensor]) -> int:
     """Bytes that copies of some tensors take."""
-    return _lay_out(tensors)[1]
+    return _places(tensors)[1]
 
 
-def _lay_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:
+def _places(tensors: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:
     places: dict[str, int] = {}
     position = 0
     for name, tensor in tensors.items():
@@ -118,6 +129,14 @@ def _lay_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:
         position = -(-position // alignment) * alignment
         places[name], position = position, position + nbytes
     return places, position
+
+
+def _layout(tensor: Tensor) -> Any:
+    """What a copy's place and shape depend on."""
+    sharding: Any = None
+    if isinstance(tensor, DTensor):
+        sharding = tensor.device_mesh, tensor.placements, local(tensor).shape, tensor.stride()
+    return tensor.dtype, tensor.shape, tensor.device, sharding
 
 
 def _like(tensor: Tensor, part: Tensor) -> Tensor:

@@ -18,7 +18,12 @@ from typing import Any, TypeAlias
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+)
 from torch.distributed.checkpoint.planner import (
     SavePlan,
     TensorWriteData,
@@ -32,6 +37,8 @@ from core_fastpersist.dcp.places import Peers, Place, Writers as Writers, checke
 from core_fastpersist.dcp.rows import Run, split
 
 _Items: TypeAlias = dict[MetadataIndex, WriteItem]
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, DTensor)
 
 _BYTES = 2**16
 """Byte vectors up to this size, such as states of random generators, are never cut."""
@@ -81,6 +88,20 @@ class BalancedSavePlanner(DefaultSavePlanner):
         self._held: list[WriteItem] = []
         self._first: dict[str, int] = {}
         self._last: _Last | None = None
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, Any],
+        storage_meta: StorageMeta | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        """Take the state; one that is flat already is not walked through to find that out."""
+        if any(type(value) not in _PLAIN for value in state_dict.values()):
+            super().set_up_planner(state_dict, storage_meta, is_coordinator)
+            return
+        self.state_dict = state_dict
+        self.mappings = {name: (name,) for name in state_dict} if self.flatten_state_dict else {}
+        self.is_coordinator = is_coordinator
 
     def create_local_plan(self) -> SavePlan:
         """Plan this rank's state as DCP does, and tell the coordinator where the rank runs.
@@ -190,7 +211,7 @@ def _layout_of(value: Any) -> Any:
     """What a plan depends on; an object that is no tensor is looked at when it is written."""
     if not isinstance(value, torch.Tensor):
         return None if not hasattr(value, "__create_write_items__") else object()
-    if type(value) not in (torch.Tensor, torch.nn.Parameter, DTensor):
+    if type(value) not in _PLAIN:
         return object()
     sharding = (value.device_mesh, value.placements) if isinstance(value, DTensor) else None
     return value.dtype, value.shape, value.stride(), value.device, value.requires_grad, sharding

@@ -8,20 +8,17 @@ it lies, whoever allocated it.
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import threading
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import (
     CURRENT_DCP_VERSION,
     DEFAULT_SUFFIX,
-    FileSystemWriter,
     _StorageInfo,  # pyright: ignore[reportPrivateUsage] # stock readers unpickle this class
 )
 from torch.distributed.checkpoint.metadata import Metadata
@@ -29,10 +26,10 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from core.disk import disk_errors, replace_file, sync
-from core_fastpersist.coverage import SUFFIX, write_digests
+from core.disk import TEMPORARY, disk_errors, replace_file, sync
+from core_fastpersist.coverage import sidecar_of, write_digests
 from core_fastpersist.dcp.blobs import frame
-from core_fastpersist.dcp.staging import Staging
+from core_fastpersist.dcp.staged import StagingWriter
 from core_fastpersist.direct.digests import Digests, digest
 from core_fastpersist.direct.pieces import HostBytes, Piece, Source
 from core_fastpersist.tensors import LaterBytes, source_of
@@ -42,7 +39,7 @@ _ALIGNED = 4096
 _LARGE = 32 * 2**10
 
 
-class NativeWriter(FileSystemWriter):
+class NativeWriter(StagingWriter):
     """Writes torch's DCP format at the speed of the disk.
 
     Takes the place of ``FileSystemWriter`` in ``dcp.save`` and ``dcp.async_save``. Saving twice into
@@ -63,29 +60,6 @@ class NativeWriter(FileSystemWriter):
         tensor([1., 1., 1.])
     """
 
-    def __init__(self, path: str | os.PathLike[str], staging: Staging | None = None) -> None:
-        super().__init__(path)
-        self.staging = staging or Staging()
-
-    def stage(self, state_dict: dict[str, Any]) -> Any:
-        """Stage as the settings of :class:`Staging` say; see there."""
-        return self.staging.stage(state_dict)
-
-    @property
-    def staged(self) -> Any:
-        """Done when the live tensors that :meth:`stage` handed on have been read; else ``None``."""
-        return self.staging.staged
-
-    @property
-    def should_synchronize_after_execute(self) -> bool:
-        return False
-
-    def synchronize_staging(self) -> None:
-        self.staging.synchronize()
-
-    def close(self) -> None:
-        """Keep what was allocated: the staging serves the next checkpoint, too."""
-
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         with disk_errors(f"cannot create {self.path}"):
             Path(self.path).mkdir(parents=True, exist_ok=True)
@@ -101,7 +75,7 @@ class NativeWriter(FileSystemWriter):
                 name = f"{plan.storage_data.prefix}{uuid.uuid4().hex[:8]}{DEFAULT_SUFFIX}"
                 image = _lay_out(plan.items, planner)
                 path = folder / name
-                digests = self.staging.carrier.write(path, image.size, image.pieces)
+                digests = self.carrier.write(path, image.size, image.pieces)
                 write_digests(path, digests)
                 results = [
                     WriteResult(item.index, length, _StorageInfo(name, offset, length))
@@ -110,7 +84,7 @@ class NativeWriter(FileSystemWriter):
             with disk_errors(f"cannot make {folder} durable"):
                 sync(folder)
         finally:
-            self.staging.read()
+            self.release()
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
@@ -125,8 +99,14 @@ class NativeWriter(FileSystemWriter):
         path = Path(self._get_metadata_path(own))
         content = pickle.dumps(metadata)
         whole = Digests(0, max(_ALIGNED, len(content)), len(content), (digest(content),))
+        again = path.exists()
+        if again:  # the metadata there and digests of others, seen together, would be refused
+            sidecar_of(path).unlink(missing_ok=True)
+            sync(path.parent)
+            replace_file(path, content)
         write_digests(path, whole)
-        replace_file(path, content)
+        if not again:
+            replace_file(path, content)
         sync(path.parent)
         if self.use_collectives:
             _remove_others(path.parent, {result.storage_data.relative_path for result in found})
@@ -188,8 +168,10 @@ def _parts(
 
 
 def _remove_others(folder: Path, wanted: set[str]) -> None:
-    """Remove the data files of a checkpoint that this one has replaced."""
+    """Remove the data files of a checkpoint that this one has replaced, and what kills have left."""
+    for left in folder.glob(f".*{TEMPORARY}*"):
+        left.unlink(missing_ok=True)
     for path in folder.glob(f"__*{DEFAULT_SUFFIX}"):
         if path.name not in wanted:
+            sidecar_of(path).unlink(missing_ok=True)  # first: digests of no file would stay for ever
             path.unlink(missing_ok=True)
-            path.with_name(path.name + SUFFIX).unlink(missing_ok=True)

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import (
-    FileSystemWriter,
     _StorageInfo,  # pyright: ignore[reportPrivateUsage] # what DCP's writers give for a result
 )
 from torch.distributed.checkpoint.metadata import (
@@ -44,7 +43,8 @@ from core.checkpoints.boxes import StoredTensor, fill
 from core.checkpoints.safetensors import DTYPES
 from core.disk import disk_errors, plain_name, sync
 from core.errors import CheckpointError
-from core_fastpersist.dcp.staging import Staging
+from core_fastpersist.coverage import write_digests
+from core_fastpersist.dcp.staged import StagingWriter
 from core_fastpersist.direct.newfile import NewFile
 from core_fastpersist.direct.pieces import HostBytes, Piece
 from core_fastpersist.files.header import READABLE, Entry, draft
@@ -57,7 +57,7 @@ OBJECTS = "fastpersist.objects"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class SafetensorsWriter(FileSystemWriter):
+class SafetensorsWriter(StagingWriter):
     """Writes one safetensors file a rank, at the speed of the disk.
 
     Several chunks of one tensor on a rank go into several files, for a file has each name once.
@@ -68,29 +68,6 @@ class SafetensorsWriter(FileSystemWriter):
         path: folder of the checkpoint.
         staging: how tensors are staged; shared by the checkpoints of a run.
     """
-
-    def __init__(self, path: str | os.PathLike[str], staging: Staging | None = None) -> None:
-        super().__init__(path)
-        self.staging = staging or Staging(writer="thread")
-
-    def stage(self, state_dict: dict[str, Any]) -> Any:
-        """Stage as the settings of :class:`Staging` say; see there."""
-        return self.staging.stage(state_dict)
-
-    @property
-    def staged(self) -> Any:
-        """Done when the live tensors that :meth:`stage` handed on have been read; else ``None``."""
-        return self.staging.staged
-
-    @property
-    def should_synchronize_after_execute(self) -> bool:
-        return False
-
-    def synchronize_staging(self) -> None:
-        self.staging.synchronize()
-
-    def close(self) -> None:
-        """Keep what was allocated: the staging serves the next checkpoint, too."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         folder = Path(self.path)
@@ -117,7 +94,7 @@ class SafetensorsWriter(FileSystemWriter):
             with disk_errors(f"cannot make {folder} durable"):
                 sync(folder)
         finally:
-            self.staging.read()
+            self.release()
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
@@ -184,8 +161,9 @@ class SafetensorsWriter(FileSystemWriter):
             blob += view
         if places:
             with NewFile(folder / name, len(blob), self.staging.options) as file:
-                file.write([Piece(0, HostBytes(blob))])
+                digests = file.write([Piece(0, HostBytes(blob))])
                 file.sync()
+            write_digests(folder / name, digests)
         return results, places
 
 

@@ -12,6 +12,7 @@ import copy
 import logging
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
@@ -27,6 +28,29 @@ from core_fastpersist.host import available_memory
 logger = logging.getLogger("core_fastpersist")
 Mode = Literal["auto", "copy", "live"]
 Writer = Literal["auto", "thread", "process"]
+
+
+@dataclass
+class Staged:
+    """One staged checkpoint.
+
+    Attributes:
+        state: what the writer gets: the state with copies, or a future of it while a GPU copies.
+        live: done when the live tensors in it have been read; ``None`` where it has none.
+        area: where its copies are.
+        over: whether the writer needs it no longer.
+    """
+
+    state: dict[str, Any] | Future[dict[str, Any]]
+    live: Future[None] | None
+    area: StagingArea
+    over: bool = False
+
+    def release(self) -> None:
+        """Told by the writer when it needs the tensors no longer."""
+        self.over = True
+        if self.live is not None and not self.live.done():
+            self.live.set_result(None)
 
 
 class Staging:
@@ -56,51 +80,39 @@ class Staging:
         self.memory = memory
         self.options = options or WriteOptions()
         self.audit = Audit(audits)
-        self.staged: Future[None] | None = None
         self._area = StagingArea()
+        self._last: Staged | None = None
         self._process: ProcessCarrier | None = None
         self._waiting = ThreadPoolExecutor(1, "fastpersist-stage")
-        self._copied: Future[Any] | None = None
 
-    def stage(self, state: Mapping[str, Any]) -> dict[str, Any] | Future[dict[str, Any]]:
+    def stage(self, state: Mapping[str, Any]) -> Staged:
         """Stage a state dict of live tensors and plain values.
 
-        Returns:
-            the state with copies, or a future of it while a GPU still copies. Where it has live
-            tensors, :attr:`staged` is done when the writer has read them; else that is ``None``.
+        Where the checkpoint before this one is still being written, its copies stay, and the new
+        ones take memory of their own.
         """
-        flat, mappings = flatten_state_dict(dict(state))
+        if self._last is not None and not self._last.over:
+            self._area = StagingArea()
+        flat, mappings = flattened(state)
         tensors = {name: leaf for name, leaf in flat.items() if isinstance(leaf, Tensor)}
         live = self._effective_mode(tensors) == "live"
-        chosen = self.audit.unproven(tensors) if live else set(tensors)
+        chosen = self.audit.unproven(tensors) if live else tensors.keys()
         copies, event = self._area.copy({n: t for n, t in tensors.items() if n in chosen})
         if live:
             self.audit.watch(tensors, copies)
-        self.staged = Future() if chosen != tensors.keys() else None
-        for name, leaf in flat.items():
-            if name not in tensors:
-                flat[name] = copy.deepcopy(leaf)
-        staged = unflatten_state_dict({**flat, **copies}, mappings)
-        if event is None:
-            return staged
-        self._copied = self._waiting.submit(_after, event, staged)
-        return self._copied
+        plain = {n: copy.deepcopy(leaf) for n, leaf in flat.items() if n not in tensors}
+        staged: dict[str, Any] = {**flat, **plain, **copies}
+        if mappings is not None:
+            staged = unflatten_state_dict(staged, mappings)
+        late: Future[None] | None = Future() if chosen != tensors.keys() else None
+        now = staged if event is None else self._waiting.submit(_after, event, staged)
+        self._last = Staged(now, late, self._area)
+        return self._last
 
-    def synchronize(self) -> None:
-        """Wait until the copies are complete."""
-        if self._copied is not None:
-            self._copied.result()
-
-    def read(self) -> None:
-        """Told by the writer when it needs what was staged no longer."""
-        if self.staged is not None and not self.staged.done():
-            self.staged.set_result(None)
-
-    @property
-    def carrier(self) -> Carrier:
-        """What writes the checkpoint that was staged last."""
-        arena = self._area.shared
-        if arena is None or self.staged is not None or self.writer == "thread":
+    def carrier(self, staged: Staged | None) -> Carrier:
+        """What writes a checkpoint; ``None`` for one that was not staged."""
+        arena = None if staged is None else staged.area.shared
+        if staged is None or arena is None or staged.live is not None or self.writer == "thread":
             return ThreadCarrier(self.options)
         found = self._process
         if found is None or not found.alive or found.arena is not arena:
@@ -135,6 +147,13 @@ class Staging:
         process, self._process = self._process, None
         if process is not None:
             process.close()
+
+
+def flattened(state: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """A state dict by dotted names, and how to nest it again; ``None`` where it is flat already."""
+    if all(isinstance(leaf, Tensor) for leaf in state.values()):
+        return dict(state), None
+    return flatten_state_dict(dict(state))
 
 
 def _after(event: Any, staged: dict[str, Any]) -> dict[str, Any]:

@@ -50,6 +50,10 @@ class SharedArena:
         inside = place >= 0 and place + view.nbytes <= self.size
         return place if inside else -1
 
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            self.close()
+
     def close(self) -> None:
         """Give up the descriptor; the memory goes with the last view of it."""
         descriptor, self.descriptor = self.descriptor, -1
@@ -73,7 +77,7 @@ class ProcessCarrier:
         with theirs:
             descriptors = (theirs.fileno(), arena.descriptor)
             command = [sys.executable, "-P", "-m", "core_fastpersist.direct.worker"]
-            command += [*map(str, descriptors), str(arena.size)]
+            command += map(str, (*descriptors, arena.size, os.getpid()))
             self._process = subprocess.Popen(
                 command, pass_fds=descriptors, stdin=subprocess.DEVNULL
             )

@@ -12,6 +12,7 @@ import select
 import signal
 import sys
 import threading
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -61,21 +62,25 @@ def _pieces(rows: list[list[int]], inline: memoryview, arena: memoryview) -> lis
     return pieces
 
 
-def _leave_with(connection: Connection) -> None:
+def _leave_with(connection: Connection, trainer: int) -> None:
     """End at once when the trainer is gone: nobody is left to hear how a write went."""
     watch = select.poll()
     watch.register(connection.fileno(), select.POLLRDHUP | select.POLLHUP)
-    watch.poll()
+    # What a trainer forks, such as data loaders, holds the socket open and can outlive it.
+    with suppress(OSError):
+        watch.register(os.pidfd_open(trainer), select.POLLIN)
+    if os.getppid() == trainer:
+        watch.poll()
     os._exit(1)
 
 
 def main() -> None:
-    """Entry point: descriptors of socket and arena, and the arena's size, as arguments."""
-    socket, descriptor, size = (int(argument) for argument in sys.argv[1:4])
+    """Entry point: socket, descriptor and size of the arena, and the trainer's process id."""
+    socket, descriptor, size, trainer = (int(argument) for argument in sys.argv[1:5])
     # An interrupt at the terminal is the trainer's to handle; this process ends with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(socket)
-    threading.Thread(target=_leave_with, args=(connection,), daemon=True).start()
+    threading.Thread(target=_leave_with, args=(connection, trainer), daemon=True).start()
     serve(connection, shared_pages(descriptor, size))
 
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import difflib
 import fcntl
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar
 
@@ -30,6 +31,7 @@ from core.errors import CheckpointError
 logger = logging.getLogger("core")
 MANIFEST = "manifest.json"
 VERSION = 1
+_CHECK = "blake2b"
 _COMPARED = {"api": "hooks", "plugins": "plugins", "plan": "planned transforms"}
 _STEP = re.compile(r"step-(\d{8,})")
 _LARGEST_MANIFEST = 256 * 2**20
@@ -59,8 +61,8 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write and sync it in ``folder``."""
-        content = json.dumps({"version": VERSION, **vars(self)})
-        sync_file(folder / MANIFEST, content.encode())
+        content = {"version": VERSION, **vars(self)}
+        sync_file(folder / MANIFEST, json.dumps({**content, _CHECK: _digest(content)}).encode())
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -73,24 +75,11 @@ class Manifest:
         if not path.is_file():
             raise CheckpointError(f"{folder} is no checkpoint", why=f"it has no {MANIFEST}")
         with disk_errors(f"cannot read {path}"):
-            if path.stat().st_size > _LARGEST_MANIFEST:
-                raise CheckpointError(f"{path} is no manifest", why="it is too large")
-            text = path.read_bytes()
-        try:
-            content = json.loads(text)
-            version = content.pop("version")
-            if version != VERSION:
-                raise CheckpointError(f"{path} has version {version}", why=f"known: {VERSION}")
-            manifest = _checker().validate_json(json.dumps(content))
-            files = {_inside(name): size for name, size in manifest.files.items()}
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{path} is damaged", why=reason) from None
-        for name, size in files.items():
-            found = (folder / name).stat().st_size if (folder / name).is_file() else None
-            if found != size:
-                state = "missing" if found is None else f"{found:,} bytes long, not {size:,}"
-                raise CheckpointError(f"{folder / name} is {state}", fix="use an older checkpoint")
+            found = path.stat()
+        if found.st_size > _LARGEST_MANIFEST:
+            raise CheckpointError(f"{path} is no manifest", why="it is too large")
+        manifest = _parsed(path, found.st_ino, found.st_size, found.st_mtime_ns)
+        _require_files(folder, manifest.files)
         return manifest
 
     def differences(self, now: Mapping[str, Any]) -> list[str]:
@@ -100,6 +89,41 @@ class Manifest:
             for key, what in _COMPARED.items()
             if self.run and self.run.get(key) != now.get(key)
         ]
+
+
+@lru_cache(maxsize=64)
+def _parsed(path: Path, *stamp: int) -> Manifest:
+    """A manifest as it was when it had a stamp: pruning reads the same ones after every save."""
+    with disk_errors(f"cannot read {path}"):
+        text = path.read_bytes()
+    try:
+        content = json.loads(text)
+        check = content.pop(_CHECK, None)
+        if check is not None and check != _digest(content):
+            raise ValueError("it is not as it was written")
+        version = content.pop("version")
+        if version != VERSION:
+            raise CheckpointError(f"{path} has version {version}", why=f"known: {VERSION}")
+        manifest = _checker().validate_json(json.dumps(content))
+        for name in manifest.files:
+            _inside(name)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} is damaged", why=reason) from None
+    return manifest
+
+
+def _require_files(folder: Path, files: Mapping[str, int]) -> None:
+    for name, size in files.items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != size:
+            state = "missing" if found is None else f"{found:,} bytes long, not {size:,}"
+            raise CheckpointError(f"{folder / name} is {state}", fix="use an older checkpoint")
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """What a flipped bit changes; no protection against an attacker."""
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
 @cache
@@ -159,19 +183,13 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if name != MANIFEST}
 
 
-def prune(directory: Path, keep: int, known: Collection[Path] = ()) -> None:
+def prune(directory: Path, keep: int) -> None:
     """Remove all but the newest ``keep`` valid checkpoints; 0 keeps everything.
 
     Damaged ones do not count, and stay for their owner to look at. What cannot be removed stays,
     with a warning: the checkpoint just saved is none the worse.
-
-    Args:
-        directory: the folder of the checkpoints.
-        keep: how many stay.
-        known: checkpoints that need no look, for this process has written them.
     """
-    found = steps(directory) if keep else []
-    valid = [path for _, path in found if path in known or _is_valid(path)]
+    valid = [path for _, path in steps(directory) if _is_valid(path)] if keep else []
     for path in valid[keep:]:
         doomed = path.with_name(f"{path.name}{TEMPORARY}removed")
         try:

@@ -81,7 +81,6 @@ class Checkpoints:
         self._closed = False
         self._storages: dict[int, Choice[Storage]] = {}
         self._outlines = Outlines()
-        self._written: set[Path] = set()
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="core-checkpoint")
 
     @cached_property
@@ -281,8 +280,7 @@ class Checkpoints:
             world = self.run.world_size
             Manifest(step, chosen.name, world, parts.values, run, sizes).write(temporary)
             publish(temporary, final)
-            self._written.add(final)
-            layout.prune(self.directory, self.settings.keep, self._written)
+            layout.prune(self.directory, self.settings.keep)
 
         writing = Writing(chosen, temporary, self.run, self._group)
         staged = writing.stage(parts)
