@@ -39,7 +39,7 @@ class Adopted:
 def adopt(*parts: nn.Module | Optimizer) -> Adopted:
     """Move the tensors of models and optimizers into one aligned stretch of memory.
 
-    Parameters and buffers keep their identity, and an optimizer's state is replaced in its place, so
+    Parameters and saved buffers keep their identity, and an optimizer's state is replaced in its place, so
     training goes on as before. Adopt a model before it is wrapped by DDP, and an optimizer after
     its first step, when it has state.
 
@@ -105,8 +105,10 @@ class _StateSlot(_Slot):
 
 def _tensors(part: nn.Module | Optimizer) -> Iterator[tuple[str, Tensor, _Slot]]:
     if isinstance(part, nn.Module):
+        saved = part.state_dict().keys()
         for name, tensor in [*part.named_parameters(), *part.named_buffers()]:
-            yield name, tensor, _Slot()
+            if name in saved:  # anything else would leave a hole in the file
+                yield name, tensor, _Slot()
         return
     if not isinstance(cast(object, part), Optimizer):
         raise CheckpointError(f"cannot adopt a {type(part).__name__}", fix="pass the module itself")

@@ -9,6 +9,7 @@ from typing import Any
 from core.disk import disk_errors, replace_file
 from core.errors import CheckpointError
 from core_fastpersist.direct.digests import Digests
+from core_fastpersist.direct.room import writing
 from core_fastpersist.files.header import METADATA, PREFIX
 from core_fastpersist.files.parsing import parse, parse_json, read_header
 
@@ -50,7 +51,8 @@ def write_digests(path: Path, digests: Digests) -> None:
         CheckpointError: when the disk refuses.
     """
     content = json.dumps({"version": _VERSION, "file": path.name, **digests.as_json()})
-    replace_file(sidecar_of(path), content.encode())
+    with writing(sidecar_of(path), len(content)):
+        replace_file(sidecar_of(path), content.encode())
 
 
 def _in_header(path: Path) -> Digests | None:

@@ -5,18 +5,28 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from core import CheckpointFormat, Hooks, Probe, Reading, RunEnded, Storage, hookimpl, override
+from core import (
+    CheckpointFormat,
+    Hooks,
+    Probe,
+    Reading,
+    RunEnded,
+    Step,
+    Storage,
+    hookimpl,
+    override,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import SavePlanner
     from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
-    from core import ByteSink, ByteSource, Event, Run, Settings
-    from core.contributions import CheckpointContribution
+    from core import ByteSink, ByteSource, Event, Row, Run, Settings
+    from core.contributions import CheckpointContribution, RecipeContribution
 
 
 class Plugin(Hooks):
@@ -76,6 +86,17 @@ class Plugin(Hooks):
             from core_fastpersist.dcp.session import close
 
             close(run)
+
+    @override
+    @hookimpl
+    def core_recipes(self) -> Iterable[RecipeContribution]:
+        yield Step(
+            recipe="quickstart",
+            name="every-step",
+            summary="Saves a checkpoint after every training step, and measures what that costs.",
+            main=every_step,
+            order=10,
+        )
 
     @override
     @hookimpl
@@ -160,6 +181,13 @@ def direct_source(path: Path) -> ByteSource:
     from core_fastpersist.storage import DirectSource
 
     return DirectSource(path)
+
+
+def every_step(run: Run, tour: Any) -> Iterable[Row]:
+    """Train on with a checkpoint after every step."""
+    from core_fastpersist import quickstart
+
+    return quickstart.every_step(run, tour)
 
 
 def direct_io(run: Run) -> Iterable[Reading]:

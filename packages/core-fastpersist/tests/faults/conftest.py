@@ -7,6 +7,7 @@ child runs is a function of the test file; it gets this module for its tools.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -147,6 +149,17 @@ def fill(folder: Path, leave: int) -> None:
             file.seek(0, os.SEEK_END)
 
 
+def fill_slowly(folder: Path, leave: int) -> None:
+    """As :func:`fill`, for a file system that cannot reserve."""
+    with (folder / "ballast").open("wb") as file:
+        file.write(bytes(free(folder) - leave))
+
+
+def end_writer(training: Training) -> None:
+    """End the writer process of a run; the next checkpoint starts another."""
+    session.session_of(training.run).staging._end_process()
+
+
 # Children
 
 
@@ -207,6 +220,8 @@ class Zygote:
 
 def serve() -> None:
     """What the zygote does: fork children and wait for them."""
+    import hypothesis  # noqa: F401 # test files import it
+
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -230,7 +245,7 @@ def _waited(wait: int, timeout: float) -> int | None:
 
 
 def _become(request: dict[str, Any]) -> None:
-    """Run the function of a test file, and leave as any interpreter does."""
+    """Run the function of a test file; taking torch apart at the end is left out where it can be."""
     for number, path in enumerate([os.devnull, request["out"], request["err"]]):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         os.dup2(descriptor, number)
@@ -241,7 +256,19 @@ def _become(request: dict[str, Any]) -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    getattr(module, request["function"])(sys.modules["conftest"], *request["arguments"])
+    run = functools.partial(getattr(module, request["function"]), sys.modules["conftest"])
+    if request["leave"] == "as any interpreter":
+        run(*request["arguments"])
+        return
+    code = 0
+    try:
+        run(*request["arguments"])
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def until(condition: Callable[[], Any], timeout: float = 60) -> Any:
@@ -265,7 +292,7 @@ def child(zygote: Zygote, tmp_path: Path) -> Iterator[Callable[..., Child]]:
     """Start a function of the test file, ``function(tools, *arguments)``, in a process of its own."""
     started: list[Child] = []
 
-    def start(function: Callable[..., Any], *arguments: Any) -> Child:
+    def start(function: Callable[..., Any], *arguments: Any, leave: str = "at once") -> Child:
         name = uuid.uuid4().hex[:8]
         out, err = tmp_path / f"{name}.out", tmp_path / f"{name}.err"
         out.touch()
@@ -274,6 +301,7 @@ def child(zygote: Zygote, tmp_path: Path) -> Iterator[Callable[..., Child]]:
             "file": function.__code__.co_filename,
             "function": function.__name__,
             "arguments": [str(a) if isinstance(a, Path) else a for a in arguments],
+            "leave": leave,
             "out": str(out),
             "err": str(err),
         }
@@ -319,8 +347,7 @@ class Disks:
 
     def again(self, target: Path) -> None:
         """Unmount and mount what :meth:`ext4` has made, as after a power cut."""
-        mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
-        device = next(fields[0] for fields in mounts if fields[1] == str(target))
+        device = _device(target)
         _unmount(target)
         self._mount(device, str(target))
 
@@ -341,6 +368,11 @@ class Disks:
         if done.returncode:
             pytest.skip(f"this machine cannot {' '.join(command[:3])}: {done.stderr.strip()}")
         return done.stdout
+
+
+def _device(target: Path) -> str:
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    return next(fields[0] for fields in mounts if fields[1] == str(target))
 
 
 def _unmount(target: Path) -> None:
@@ -388,5 +420,3 @@ def forget_disks() -> Iterator[None]:
     yield
     alignment._known.clear()
     alignment._known.update(before)
-
-

@@ -120,9 +120,7 @@ def test_a_dcp_folder_that_is_saved_into_again_holds_the_old_or_the_new_state(
         life.kill()
         acknowledged, sizes = told(log)
         for reader in (NativeReader(folder), None):
-            begun = {
-                step: torch.zeros(int(sizes[step])) for step in (max(sizes), max(sizes) - 1)
-            }
+            begun = {step: torch.zeros(int(sizes[step])) for step in (max(sizes), max(sizes) - 1)}
             size = dcp_size(folder)
             state = {"w": torch.zeros(size)}
             dcp.load(state, checkpoint_id=folder, storage_reader=reader, no_dist=True)

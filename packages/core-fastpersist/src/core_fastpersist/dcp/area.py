@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from core_fastpersist.dcp.audit import local
+from core_fastpersist.dcp.image import Image
 from core_fastpersist.direct.memory import PAGE
 from core_fastpersist.direct.remote import SharedArena
 
@@ -25,6 +26,9 @@ class StagingArea:
 
     Large copies begin at a page, so that direct I/O takes them from here. With CUDA the memory is
     page-locked, and copies run on a stream of their own.
+
+    Attributes:
+        image: the file that was last laid out over these copies, as long as they keep their places.
     """
 
     def __init__(self) -> None:
@@ -34,6 +38,7 @@ class StagingArea:
         self._layouts: dict[str, Any] = {}
         self._targets: list[Tensor] = []
         self._copies: dict[str, Tensor] = {}
+        self.image: Image | None = None
 
     def copy(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
         """Copy tensors into the area, over what was there before.
@@ -57,13 +62,14 @@ class StagingArea:
 
     def close(self) -> None:
         """Free the memory, once nothing refers to the copies any more."""
-        self._layouts, self._targets, self._copies = {}, [], {}
+        self._layouts, self._targets, self._copies, self.image = {}, [], {}, None
         if self.shared is not None:
             self._unpin()
             self.shared.close()
             self.shared = None
 
     def _lay_out(self, tensors: Mapping[str, Tensor], sources: Sequence[Tensor], pin: bool) -> None:
+        self.image = None
         places, size = _places(tensors)
         if self.shared is None or self.shared.size < size:
             self.close()

@@ -11,7 +11,6 @@ import io
 import pickle
 import threading
 import uuid
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -29,9 +28,11 @@ from torch.futures import Future
 from core.disk import TEMPORARY, disk_errors, replace_file, sync
 from core_fastpersist.coverage import sidecar_of, write_digests
 from core_fastpersist.dcp.blobs import frame
+from core_fastpersist.dcp.image import Image
 from core_fastpersist.dcp.staged import StagingWriter
 from core_fastpersist.direct.digests import Digests, digest
 from core_fastpersist.direct.pieces import HostBytes, Piece, Source
+from core_fastpersist.direct.room import writing
 from core_fastpersist.tensors import LaterBytes, source_of
 
 METADATA = ".metadata"
@@ -73,7 +74,7 @@ class NativeWriter(StagingWriter):
         try:
             if plan.items:
                 name = f"{plan.storage_data.prefix}{uuid.uuid4().hex[:8]}{DEFAULT_SUFFIX}"
-                image = _lay_out(plan.items, planner)
+                image = self._image(plan.items, planner)
                 path = folder / name
                 digests = self.carrier.write(path, image.size, image.pieces)
                 write_digests(path, digests)
@@ -89,6 +90,19 @@ class NativeWriter(StagingWriter):
         done.set_result(results)
         return done
 
+    def _image(self, items: list[WriteItem], planner: SavePlanner) -> Image:
+        """The image of this rank's file; that of the last checkpoint, if it has the same memory."""
+        staged = self.staged_checkpoint
+        if staged is None or staged.live is not None:
+            return _lay_out(items, planner)
+        last = staged.area.image
+        if last is not None and last.items is items:
+            return last
+        image = _lay_out(items, planner)
+        if all(item.type != WriteItemType.BYTE_IO for item in items):
+            staged.area.image = image
+        return image
+
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Make the checkpoint visible: metadata and their digest, durable, in place at once."""
         found = [result for one in results for result in one]
@@ -100,28 +114,19 @@ class NativeWriter(StagingWriter):
         content = pickle.dumps(metadata)
         whole = Digests(0, max(_ALIGNED, len(content)), len(content), (digest(content),))
         again = path.exists()
-        if again:  # the metadata there and digests of others, seen together, would be refused
+        if again:  # metadata and the digests of others, seen together, would be refused
             sidecar_of(path).unlink(missing_ok=True)
             sync(path.parent)
-            replace_file(path, content)
+            _replace(path, content)
         write_digests(path, whole)
         if not again:
-            replace_file(path, content)
+            _replace(path, content)
         sync(path.parent)
         if self.use_collectives:
             _remove_others(path.parent, {result.storage_data.relative_path for result in found})
 
 
-@dataclass(frozen=True)
-class _Image:
-    """A file before it is written: size, pieces, and the place of every item's archive."""
-
-    size: int
-    pieces: list[Piece]
-    places: list[tuple[WriteItem, int, int]]
-
-
-def _lay_out(items: list[WriteItem], planner: SavePlanner) -> _Image:
+def _lay_out(items: list[WriteItem], planner: SavePlanner) -> Image:
     pieces: list[Piece] = []
     places: list[tuple[WriteItem, int, int]] = []
     position = 0
@@ -140,7 +145,7 @@ def _lay_out(items: list[WriteItem], planner: SavePlanner) -> _Image:
         ]
         position = end + len(after)
         places.append((item, offset, position - offset))
-    return _Image(position, pieces, places)
+    return Image(items, position, pieces, places)
 
 
 def _parts(
@@ -167,11 +172,18 @@ def _parts(
     return around.before, LaterBytes(item.index.fqn, nbytes, resolve, lock), around.after
 
 
+def _replace(path: Path, content: bytes) -> None:
+    with writing(path, len(content)):
+        replace_file(path, content)
+
+
 def _remove_others(folder: Path, wanted: set[str]) -> None:
     """Remove the data files of a checkpoint that this one has replaced, and what kills have left."""
     for left in folder.glob(f".*{TEMPORARY}*"):
         left.unlink(missing_ok=True)
     for path in folder.glob(f"__*{DEFAULT_SUFFIX}"):
         if path.name not in wanted:
-            sidecar_of(path).unlink(missing_ok=True)  # first: digests of no file would stay for ever
+            sidecar_of(path).unlink(
+                missing_ok=True
+            )  # first: digests of no file would stay for ever
             path.unlink(missing_ok=True)

@@ -18,40 +18,43 @@ class StagingWriter(FileSystemWriter):
     Args:
         path: folder of the checkpoint.
         staging: how tensors are staged and files carried; shared by the checkpoints of a run.
+
+    Attributes:
+        staged_checkpoint: what :meth:`stage` has made; ``None`` in a plain ``dcp.save``.
     """
 
     def __init__(self, path: str | os.PathLike[str], staging: Staging | None = None) -> None:
         super().__init__(path)
         self.staging = staging or Staging()
-        self._staged: Staged | None = None
+        self.staged_checkpoint: Staged | None = None
 
     def stage(self, state_dict: dict[str, Any]) -> Any:
         """Stage a state dict as :class:`Staging` says; returns it with copies, or a future of it."""
-        self._staged = self.staging.stage(state_dict)
-        return self._staged.state
+        self.staged_checkpoint = self.staging.stage(state_dict)
+        return self.staged_checkpoint.state
 
     @property
     def staged(self) -> Future[None] | None:
         """Done when the live tensors that :meth:`stage` handed on were read; ``None`` for copies."""
-        return None if self._staged is None else self._staged.live
+        return None if self.staged_checkpoint is None else self.staged_checkpoint.live
 
     @property
     def carrier(self) -> Carrier:
         """What writes this checkpoint's files."""
-        return self.staging.carrier(self._staged)
+        return self.staging.carrier(self.staged_checkpoint)
 
     @property
     def should_synchronize_after_execute(self) -> bool:
         return False
 
     def synchronize_staging(self) -> None:
-        if self._staged is not None and isinstance(self._staged.state, Future):
-            self._staged.state.result()
+        if self.staged_checkpoint is not None and isinstance(self.staged_checkpoint.state, Future):
+            self.staged_checkpoint.state.result()
 
     def release(self) -> None:
         """Let the next checkpoint have the memory of this one."""
-        if self._staged is not None:
-            self._staged.release()
+        if self.staged_checkpoint is not None:
+            self.staged_checkpoint.release()
 
     def close(self) -> None:
         """Keep what was allocated: the staging serves the next checkpoint, too."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +20,13 @@ from types import TracebackType
 
 import xxhash
 
-from core.disk import disk_errors
 from core.errors import CheckpointError
 from core_fastpersist.direct.alignment import alignment_of, direct_flag, refused
 from core_fastpersist.direct.digests import Digests, cells
 from core_fastpersist.direct.kernel import preallocate, start_writing
 from core_fastpersist.direct.memory import buffer
 from core_fastpersist.direct.pieces import Piece, Pieces
+from core_fastpersist.direct.room import writing
 
 _SMALLEST_DIRECT = 32 * 2**10
 _MOST_VECTORS = 512
@@ -89,10 +88,10 @@ class NewFile:
         found = alignment_of(path.parent)
         self.block, self._memory = found.offset, found.memory
         wanted = found.direct if self.options.direct is None else self.options.direct
-        self._direct = wanted and found.direct
+        self._direct = self.written.direct = wanted and found.direct
         self._lock = threading.Lock()
         self._padded = -(-size // self.block) * self.block
-        with disk_errors(f"cannot create {path}"):
+        with writing(path, size):
             self._descriptor = _create(path, self._direct)
         try:
             # Whoever finds this file and can lock it knows that its writer was killed.
@@ -171,7 +170,7 @@ class NewFile:
             CheckpointError: when the disk refuses. The file is lost then: the kernel has dropped
                 what it could not write, and a second call would find nothing to complain of.
         """
-        with disk_errors(f"cannot make {self.path} durable"):
+        with writing(self.path, self.size):
             os.ftruncate(self._descriptor, self.size)
             os.fsync(self._descriptor)
             if not self._direct:
@@ -200,16 +199,9 @@ class NewFile:
             self.abort()
 
     def _reserve(self) -> None:
-        try:
+        with writing(self.path, self.size):
             if not preallocate(self._descriptor, self._padded):
                 os.ftruncate(self._descriptor, self._padded)
-        except OSError as error:
-            free = shutil.disk_usage(self.path.parent).free
-            raise CheckpointError(
-                f"no room for {self.path}",
-                why=f"{error.strerror}: {self.size:,} bytes are needed, {free:,} are free",
-                fix="free space or choose another disk",
-            ) from error
 
     def _in_threads(
         self, work: Callable[[tuple[int, int]], None], cells: Iterator[tuple[int, int]]
@@ -309,19 +301,20 @@ class NewFile:
         """Write buffers one after the other; goes on after a short write."""
         rest, first = list(vectors), offset
         while rest:
+            direct = self._direct  # before the call: another thread may give up during it
             try:
                 count = os.pwritev(self._descriptor, rest, offset)
             except OSError as error:
-                if error.errno != errno.EINVAL or not self._direct:
-                    with disk_errors(f"cannot write {self.path}"):
+                if error.errno != errno.EINVAL or not direct:
+                    with writing(self.path, self.size):
                         raise
                 self._give_up_direct(error.strerror or str(error))
                 continue
-            if self._direct:
+            if direct:
                 # Past a cut that is no block, the rest could not be written directly.
                 count -= count % self.block
             if count == 0:
-                if not self._direct:
+                if not direct:
                     raise CheckpointError(f"cannot write {self.path}", why="the disk takes nothing")
                 self._give_up_direct("a block was written in part")
             rest, offset = _after(rest, count), offset + count

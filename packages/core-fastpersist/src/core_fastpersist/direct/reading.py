@@ -119,10 +119,11 @@ class DirectFile:
         done = 0
         with disk_errors(f"cannot read {self.path}"):
             while done < wanted:
+                direct = self._direct  # before the call: another thread may give up during it
                 try:
                     count = os.preadv(self._descriptor, [target[done:]], offset + done)
                 except OSError as error:
-                    if error.errno != errno.EINVAL or not self._direct:
+                    if error.errno != errno.EINVAL or not direct:
                         raise
                     self._give_up_direct()
                     continue

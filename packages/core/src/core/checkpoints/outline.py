@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 class Outlines:
@@ -25,9 +25,18 @@ class Outlines:
     def __init__(self) -> None:
         self._known: WeakKeyDictionary[Any, _Module | _Optimizer] = WeakKeyDictionary()
 
-    def again(self, part: nn.Module | Optimizer) -> dict[str, Any] | None:
-        """The leaves of a part by name, or ``None`` where it is new or has changed."""
+    def again(self, part: nn.Module | Optimizer, owner: nn.Module) -> dict[str, Any] | None:
+        """The leaves of a part by name, or ``None`` where it is new or has changed.
+
+        Args:
+            part: a module or an optimizer.
+            owner: the module whose parameters an optimizer steps; a module itself.
+        """
         known = self._known.get(part)
+        if isinstance(known, _Optimizer):
+            model = self._known.get(owner)
+            same = isinstance(model, _Module) and model.tensors() == known.model
+            return known.leaves(part) if same else None
         return None if known is None else known.leaves(part)
 
     def learn(
@@ -45,8 +54,8 @@ class Outlines:
             places = _places(part, found)
             if places is not None:
                 self._known[part] = _Module(part, places)
-        elif part.state:
-            outline = _Optimizer(part, _names(owner, found))
+        elif part.state and isinstance(model := self._known.get(owner), _Module):
+            outline = _Optimizer(part, _names(owner, found), model.tensors())
             if _equal(outline.leaves(part), found):
                 self._known[part] = outline
 
@@ -57,19 +66,24 @@ class _Module:
     def __init__(self, part: nn.Module, places: Mapping[str, tuple[int, str, str]]) -> None:
         self._places = places
         self._modules = [ref(module) for module in part.modules()]
-        self._shape = list(_shape(part.modules()))
+        self._shape = tuple(_shape(part.modules()))
 
     def leaves(self, part: Any) -> dict[str, Any] | None:
         modules = [reference() for reference in self._modules]
-        if any(module is None for module in modules) or list(_shape(modules)) != self._shape:
+        if any(module is None for module in modules) or tuple(_shape(modules)) != self._shape:
             return None
-        found: dict[str, Any] = {}
-        for name, (index, kind, key) in self._places.items():
-            tensor = getattr(modules[index], kind).get(key)
-            if tensor is None:
-                return None
-            found[name] = tensor.detach()
-        return found
+        tensors = self._find(modules)
+        if any(tensor is None for tensor in tensors):
+            return None
+        return {n: t.detach() for n, t in zip(self._places, tensors, strict=True) if t is not None}
+
+    def tensors(self) -> tuple[int, ...] | None:
+        """Identities of the tensors that are there now; ``None`` for a module that is gone."""
+        modules = [reference() for reference in self._modules]
+        return None if None in modules else tuple(map(id, self._find(modules)))
+
+    def _find(self, modules: list[nn.Module | None]) -> list[Tensor | None]:
+        return [getattr(modules[i], kind).get(key) for i, kind, key in self._places.values()]
 
 
 def _shape(modules: Any) -> Iterator[tuple[Any, ...]]:
@@ -87,12 +101,13 @@ def _places(part: nn.Module, found: Mapping[str, Any]) -> dict[str, tuple[int, s
         for kind in ("_parameters", "_buffers"):
             for key, tensor in getattr(module, kind).items():
                 if tensor is not None:
-                    name = _clean(f"{prefix}.{key}" if prefix else key)
-                    seen[_identity(tensor)].append((name, (numbers[module], kind, key)))
+                    place = numbers[module], kind, key
+                    for name in _names_of(f"{prefix}.{key}" if prefix else key):
+                        seen[_identity(tensor)].append((name, place))
     places: dict[str, tuple[int, str, str]] = {}
     for name, leaf in found.items():
         same = seen.get(_identity(leaf), []) if isinstance(leaf, Tensor) else []
-        named = {place for known, place in same if known == _clean(name)}
+        named = {place for known, place in same if known == name}
         if len(named) != 1:
             return None
         places[name] = named.pop()
@@ -100,9 +115,12 @@ def _places(part: nn.Module, found: Mapping[str, Any]) -> dict[str, tuple[int, s
 
 
 class _Optimizer:
-    """An optimizer: its groups, and the names of their parameters."""
+    """An optimizer: its groups, and the names that a model gives to their parameters."""
 
-    def __init__(self, part: Optimizer, names: Mapping[int, str]) -> None:
+    def __init__(
+        self, part: Optimizer, names: Mapping[int, str], model: tuple[int, ...] | None
+    ) -> None:
+        self.model = model
         self._names = [[names.get(id(p), "") for p in g["params"]] for g in part.param_groups]
         self._shape = list(_groups(part))
 
@@ -123,8 +141,12 @@ class _Optimizer:
 def _names(owner: nn.Module, found: Mapping[str, Any]) -> dict[int, str]:
     """Names of parameters by identity; of a tied one the name that the leaves have."""
     used = {key.rpartition(".")[0].removeprefix("param_groups.") for key in found}
-    named = ((_clean(n), p) for n, p in owner.named_parameters(remove_duplicate=False))
-    return {id(parameter): name for name, parameter in named if name in used}
+    found_names: dict[int, str] = {}
+    for name, parameter in owner.named_parameters(remove_duplicate=False):
+        for candidate in _names_of(name):
+            if candidate in used:
+                found_names[id(parameter)] = candidate
+    return found_names
 
 
 def _groups(part: Optimizer) -> Iterator[tuple[Any, ...]]:
@@ -150,6 +172,7 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
     return local.data_ptr(), local.shape, local.stride(), local.dtype, local.device
 
 
-def _clean(name: str) -> str:
-    """A name without what wrappers (DDP, compile, checkpointing) put into it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+def _names_of(name: str) -> set[str]:
+    """A name without what wrappers put into it: compile, checkpointing, and perhaps DDP around all."""
+    plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return {plain, plain.removeprefix("module.")}

@@ -156,9 +156,9 @@ def loaded_values(
 def _flat(
     state: State, name: str, part: nn.Module | Optimizer, outlines: Outlines | None = None
 ) -> dict[str, Any]:
-    found: Mapping[str, Any] | None = outlines.again(part) if outlines else None
+    owner = part if isinstance(part, nn.Module) else _owner(state, part)
+    found: Mapping[str, Any] | None = outlines.again(part, owner) if outlines else None
     if found is None:
-        owner = part if isinstance(part, nn.Module) else _owner(state, part)
         found = _walk(part, owner)
         if outlines:
             outlines.learn(part, found, owner)
