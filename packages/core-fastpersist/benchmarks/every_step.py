@@ -21,6 +21,7 @@ from core_fastpersist.bench.overhead import PLAIN, Overhead, measure
 
 
 def main() -> None:
+    """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=12, help="blocks of each kind")
     parser.add_argument("--steps", type=int, default=8, help="training steps in a block")
@@ -60,6 +61,7 @@ def main() -> None:
 
 
 def report(found: Overhead, args: argparse.Namespace) -> None:
+    """Print the table, and write it as JSON where that is wanted."""
     rows = [(PLAIN, f"{1000 * found.step():.1f} ms", "", "", "", "")]
     rows += [
         (

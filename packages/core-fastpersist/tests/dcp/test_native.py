@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +158,8 @@ def test_a_second_save_into_one_folder_replaces_the_first(tmp_path: Path) -> Non
 def test_a_failed_save_leaves_the_first_untouched(tmp_path: Path) -> None:
     dcp.save({"w": torch.ones(1000)}, storage_writer=NativeWriter(tmp_path))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    bad = {"w": torch.ones(1000), "s": torch.eye(3).to_sparse()}
     with pytest.raises(CheckpointException, match=r"sparse_coo(.|\n)*dense tensors"):
-        bad = {"w": torch.ones(1000), "s": torch.eye(3).to_sparse()}
         dcp.save(bad, storage_writer=NativeWriter(tmp_path))
     for name, content in before.items():
         assert (tmp_path / name).read_bytes() == content
@@ -192,7 +191,7 @@ def test_a_damaged_metadata_file_is_refused_before_it_is_unpickled(tmp_path: Pat
 def test_metadata_of_its_own_for_each_rank(tmp_path: Path) -> None:
     """``use_collectives=False`` writes one metadata file a rank, as stock DCP does."""
     dcp.save({"w": torch.ones(9)}, storage_writer=NativeWriter(tmp_path), use_collectives=False)
-    assert any(name.endswith(".metadata") for name in os.listdir(tmp_path))
+    assert any(path.name.endswith(".metadata") for path in tmp_path.iterdir())
     found = {"w": torch.zeros(9)}
     dcp.load(found, storage_reader=dcp.FileSystemReader(tmp_path))
     assert found["w"].all()

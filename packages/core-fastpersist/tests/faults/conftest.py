@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import hashlib
 import importlib.util
 import json
@@ -222,6 +223,8 @@ def serve() -> None:
     """What the zygote does: fork children and wait for them."""
     import hypothesis  # noqa: F401 # test files import it
 
+    gc.collect()
+    gc.freeze()  # so that no child takes all of torch apart when it ends
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:

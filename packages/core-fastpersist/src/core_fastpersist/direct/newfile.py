@@ -13,7 +13,6 @@ import fcntl
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -94,8 +93,6 @@ class NewFile:
         with writing(path, size):
             self._descriptor = _create(path, self._direct)
         try:
-            # Whoever finds this file and can lock it knows that its writer was killed.
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._reserve()
         except BaseException:
             self.abort()
@@ -208,27 +205,33 @@ class NewFile:
     ) -> None:
         """Work on all cells; the first error stops every thread and is raised."""
         taking = threading.Lock()
-        failed = threading.Event()
+        errors: list[BaseException] = []
 
         def run() -> None:
-            while not failed.is_set():
-                with taking:
-                    cell = next(cells, None)
-                if cell is None:
-                    return
-                try:
+            try:
+                while not errors:
+                    with taking:
+                        cell = next(cells, None)
+                    if cell is None:
+                        return
                     work(cell)
-                except BaseException:
-                    failed.set()
-                    raise
+            except BaseException as error:
+                errors.append(error)
 
-        if self.options.threads == 1 or self.size <= self.options.chunk:
+        more = 0 if self.size <= self.options.chunk else self.options.threads - 1
+        # No executor: it takes no work while the interpreter ends, and a write may be under way.
+        helpers = [threading.Thread(target=run) for _ in range(more)]
+        started: list[threading.Thread] = []
+        try:
+            for helper in helpers:
+                helper.start()
+                started.append(helper)
             run()
-            return
-        with ThreadPoolExecutor(self.options.threads, "fastpersist-write") as pool:
-            running = [pool.submit(run) for _ in range(self.options.threads)]
-        for future in running:
-            future.result()
+        finally:
+            for helper in started:
+                helper.join()
+        if errors:
+            raise errors[0]
 
     def _write_range(
         self,
@@ -239,7 +242,7 @@ class NewFile:
         hash: Callable[[memoryview], None],
     ) -> None:
         """Write a range that begins at a block; its last block is padded with zeros."""
-        with buffer(self.options.ring) as ring:
+        with buffer(max(self.options.ring, self.block)) as ring:
             vectors: list[memoryview] = []
             position = waiting = begin
             filled = 0
@@ -338,8 +341,19 @@ class NewFile:
 
 
 def _create(path: Path, direct: bool) -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-    return os.open(path, flags | (direct_flag() if direct else 0), 0o666)
+    """Create and lock a file: whoever finds it and can lock it knows that its writer was killed."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | (direct_flag() if direct else 0)
+    while True:
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if os.fstat(descriptor).st_nlink:
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            raise
+        os.close(descriptor)  # it was taken for a leftover before it was locked
 
 
 def _gathered(pieces: Pieces, begin: int, end: int) -> bytes:

@@ -6,6 +6,7 @@ import ctypes
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import Tensor
 from core.errors import CheckpointError
 from core_fastpersist.direct.alignment import alignment_of
 from core_fastpersist.direct.digests import Digests, cells
-from core_fastpersist.direct.memory import pages
-from core_fastpersist.direct.reading import read_file
+from core_fastpersist.direct.memory import buffer
+from core_fastpersist.direct.reading import DirectFile, in_parallel, read_file, require_digest
 from core_fastpersist.files.header import ALIGNMENT, Entry, Header
 from core_fastpersist.files.leaves import Record
 from core_fastpersist.files.restoring import Restorer, described
@@ -27,7 +28,7 @@ from core_fastpersist.files.views import as_bytes, bits
 
 _SMALLEST_STRAIGHT = 2**20
 _STEP = 16 * 2**20
-_WINDOW = 64 * 2**20
+_THREADS = 4
 
 Reads = Callable[[Mapping[str, Tensor]], None]
 """Fills uint8 tensors with the bytes of the stored tensors of these names."""
@@ -119,13 +120,20 @@ def fill(path: Path, header: Header, targets: Mapping[str, Tensor], *, verify: b
         if congruent and end - begin >= _SMALLEST_STRAIGHT:
             read_file(path, stretch.view(begin, end), offset=begin, digests=digests)
             done.append((begin, end))
-    windows = list(grid.windows(done))
-    memory = pages(max((end - begin for begin, end in windows), default=0) + ALIGNMENT)
-    for begin, end in windows:
-        lead = begin % ALIGNMENT
-        window = memory[lead : lead + end - begin]
-        read_file(path, window, offset=begin, digests=digests)
-        _scatter(window, begin, stretches)
+    expected = {b: found for b, _, found in digests.ranges()} if digests else {}
+    with DirectFile(path) as file:
+
+        def read(cell: tuple[int, int]) -> None:
+            begin, end = cell
+            lead = begin % ALIGNMENT
+            with buffer(grid.step + ALIGNMENT) as memory:
+                window = memory[lead : lead + end - begin]
+                file.read_into(begin, window)
+                if begin in expected:
+                    require_digest(path, begin, window, expected[begin])
+                _scatter(window, begin, stretches)
+
+        in_parallel(read, grid.outside(done), threads=_THREADS)
 
 
 @dataclass(frozen=True)
@@ -146,27 +154,28 @@ class _Grid:
     """Cells of a file that are read as a whole."""
 
     edges: Sequence[int]
+    step: int
 
     @classmethod
     def of(cls, header: Header, digests: Digests | None) -> _Grid:
         step = _STEP if digests is None else digests.chunk
-        return cls([header.start, *(end for _, end in cells(header.start, step, header.size))])
+        ends = (end for _, end in cells(header.start, step, header.size))
+        return cls([header.start, *ends], step)
 
     def inside(self, begin: int, end: int) -> tuple[int, int]:
         """The cells that lie wholly in a range."""
         first, last = bisect_left(self.edges, begin), bisect_right(self.edges, end) - 1
         return (self.edges[first], self.edges[last]) if first < last else (begin, begin)
 
-    def windows(self, done: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-        """What lies between ranges of cells, some cells at a time."""
-        position = self.edges[0]
-        for begin, end in [*done, (self.edges[-1], self.edges[-1])]:
-            while position < begin:
-                last = bisect_right(self.edges, min(begin, position + _WINDOW)) - 1
-                stop = max(self.edges[last], self.edges[bisect_right(self.edges, position)])
-                yield position, stop
-                position = stop
-            position = end
+    def outside(self, done: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        """The cells that lie in none of some ranges of cells."""
+        ranges = iter([*done, (self.edges[-1], self.edges[-1])])
+        begin, end = next(ranges)
+        for cell in pairwise(self.edges):
+            while cell[0] >= end and end < self.edges[-1]:
+                begin, end = next(ranges)
+            if cell[0] < begin:
+                yield cell
 
 
 def _stretches(header: Header, targets: Mapping[str, Tensor]) -> Iterator[_Stretch]:
@@ -193,7 +202,8 @@ def _scatter(window: memoryview, start: int, stretches: Sequence[_Stretch]) -> N
         if stretch.begin >= stop:
             return
         begin, end = max(stretch.begin, start), min(stretch.end, stop)
-        stretch.view(begin, end)[:] = window[begin - start : end - start]
+        target = np.frombuffer(stretch.view(begin, end), dtype=np.uint8)
+        np.copyto(target, np.frombuffer(window[begin - start : end - start], dtype=np.uint8))
 
 
 def _record(encoded: Encoded) -> Record:

@@ -30,6 +30,8 @@ from core_fastpersist.files.sources import row_major_bytes
 from core_fastpersist.files.storing import PT_SUFFIXES
 from core_fastpersist.files.tree import Decoder, Encoder
 
+_REPLACED = 100
+"""Times that a file may be replaced while it is loaded."""
 _ZIP = b"PK\x03\x04"
 
 
@@ -135,14 +137,41 @@ def load(
     device = torch.device(map_location)
     if into is not None and (mmap or device.type != "cpu"):
         raise CheckpointError("`into` says where the tensors go", fix="drop mmap and map_location")
-    with _errors(path), torch.no_grad():
-        if _is_pt(path):
-            return _load_pt(path, device, into, mmap, trust_pickles)
-        header = read_header(path)
-        if into is not None:
-            return _load_into(path, header, into, verify, trust_pickles)
-        data = _map(path, header, verify) if mmap else _read(path, header, verify)
-        return _tree(path, header, _tensors(header, data, device), trust_pickles)
+
+    def once() -> Any:
+        with _errors(path), torch.no_grad():
+            if _is_pt(path):
+                return _load_pt(path, device, into, mmap, trust_pickles)
+            header = read_header(path)
+            if into is not None:
+                return _load_into(path, header, into, verify, trust_pickles)
+            data = _map(path, header, verify) if mmap else _read(path, header, verify)
+            return _tree(path, header, _tensors(header, data, device), trust_pickles)
+
+    return _of_one_file(path, once)
+
+
+def _of_one_file(path: Path, load: Callable[[], Any]) -> Any:
+    """Load again where a save has replaced the file meanwhile: header and data would be of two."""
+    for _ in range(_REPLACED):
+        before = _identity(path)
+        try:
+            found = load()
+        except CheckpointError:
+            if _identity(path) == before:
+                raise
+        else:
+            if _identity(path) == before:
+                return found
+    return load()
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_ctime_ns, found.st_size
 
 
 def _read(path: Path, header: Header, verify: bool) -> memoryview:

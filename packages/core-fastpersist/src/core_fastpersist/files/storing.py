@@ -10,7 +10,7 @@ import fcntl
 import glob
 import io
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,13 +101,17 @@ def save(
     temporary = path.with_name(f".{path.name}{TEMPORARY}{uuid.uuid4().hex[:8]}")
     _remove_leftovers(path)
     write = _write_pt if chosen == "pt" else _write_safetensors
+
+    def commit() -> None:
+        if not overwrite:
+            require_free(path)
+        temporary.replace(path)
+        sync(path.parent)
+
     try:
         with disk_errors(f"cannot write {path}"), torch.no_grad():
-            size, chunks, written = write(obj, temporary, options, pickle_objects)
-            if not overwrite:
-                require_free(path)
-            temporary.replace(path)
-            sync(path.parent)
+            # Before the file is closed: it is locked until then, and no leftover for anybody.
+            size, chunks, written = write(obj, temporary, options, pickle_objects, commit)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -123,7 +127,7 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _write_safetensors(
-    obj: Any, temporary: Path, options: WriteOptions, pickling: bool
+    obj: Any, temporary: Path, options: WriteOptions, pickling: bool, commit: Callable[[], None]
 ) -> tuple[int, int, Written]:
     found = alignment_of(temporary.parent)
     runs, plan = _plan(obj, max(options.chunk, found.offset), found.memory, pickling)
@@ -134,6 +138,7 @@ def _write_safetensors(
         head = Piece(0, HostBytes(plan.block(digests)))
         file.write_head([head, *data], keep_head=plan.start)
         file.sync()
+        commit()
     return plan.size, len(digests.hashes), file.written
 
 
@@ -170,7 +175,7 @@ def _pickles(name: str, objects: Sequence[Any]) -> Stored:
 
 
 def _write_pt(
-    obj: Any, temporary: Path, options: WriteOptions, _: bool
+    obj: Any, temporary: Path, options: WriteOptions, _: bool, commit: Callable[[], None]
 ) -> tuple[int, int, Written]:
     pieces, size = skeleton(obj)
     with NewFile(temporary, size, options) as file:
@@ -178,4 +183,5 @@ def _write_pt(
         file.sync()
         file.write_head(pieces, keep_head=ALIGNMENT)
         file.sync()
+        commit()
     return size, len(digests.hashes), file.written
