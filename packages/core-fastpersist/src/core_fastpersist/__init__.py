@@ -14,7 +14,7 @@ _PUBLIC = {
     "BalancedSavePlanner": "core_fastpersist.dcp.balance",
     "NativeReader": "core_fastpersist.dcp.reader",
     "NativeWriter": "core_fastpersist.dcp.native",
-    "SafetensorsReader": "core_fastpersist.dcp.shards",
+    "SafetensorsReader": "core_fastpersist.dcp.shards_reader",
     "SafetensorsWriter": "core_fastpersist.dcp.shards",
     "Staging": "core_fastpersist.dcp.staging",
     "WriteOptions": "core_fastpersist.direct.newfile",
@@ -30,10 +30,8 @@ if TYPE_CHECKING:
     from core_fastpersist.dcp.balance import BalancedSavePlanner as BalancedSavePlanner
     from core_fastpersist.dcp.native import NativeWriter as NativeWriter
     from core_fastpersist.dcp.reader import NativeReader as NativeReader
-    from core_fastpersist.dcp.shards import (
-        SafetensorsReader as SafetensorsReader,
-        SafetensorsWriter as SafetensorsWriter,
-    )
+    from core_fastpersist.dcp.shards import SafetensorsWriter as SafetensorsWriter
+    from core_fastpersist.dcp.shards_reader import SafetensorsReader as SafetensorsReader
     from core_fastpersist.dcp.staging import Staging as Staging
     from core_fastpersist.direct.newfile import WriteOptions as WriteOptions
     from core_fastpersist.files.loading import load as load

@@ -157,7 +157,7 @@ def sharded_writer(path: Path, run: Run) -> StorageWriter:
 
 def sharded_reader(path: Path, run: Run) -> StorageReader:
     """Read safetensors shards."""
-    from core_fastpersist.dcp.shards import SafetensorsReader
+    from core_fastpersist.dcp.shards_reader import SafetensorsReader
 
     return SafetensorsReader(path)
 
