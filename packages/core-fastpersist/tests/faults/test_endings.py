@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -240,19 +241,15 @@ def opened() -> tuple[int, int, int]:
     """Numbers of descriptors, of maps, and of threads."""
     gc.collect()
     maps = Path("/proc/self/maps").read_text().count("\n")
-    return len(os.listdir("/proc/self/fd")), maps, threading.active_count()
+    return len(list(Path("/proc/self/fd").iterdir())), maps, threading.active_count()
 
 
 def deleted() -> list[str]:
     found = []
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            target = os.readlink(f"/proc/self/fd/{name}")
-        except OSError:
-            continue
-        if "(deleted)" in target and "memfd" not in target:
-            found.append(target)
-    return found
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.append(str(link.readlink()))
+    return [target for target in found if "(deleted)" in target and "memfd" not in target]
 
 
 def saves_fifty_times(tools: Any, folder: str, what: str) -> None:

@@ -52,14 +52,13 @@ def real_refusal(folder: Path) -> None:
     direct_here(folder)
     taught(folder, memory=1, offset=4096)
     probe = os.open(folder / "probe", os.O_RDWR | os.O_CREAT | os.O_DIRECT)
-    try:
-        os.pwritev(probe, [memoryview(bytearray(8193))[1:4097]], 0)
+    taken = False
+    with contextlib.suppress(OSError):
+        taken = bool(os.pwritev(probe, [memoryview(bytearray(8193))[1:4097]], 0))
+    os.close(probe)
+    (folder / "probe").unlink()
+    if taken:
         pytest.skip("this disk takes memory that is not aligned")
-    except OSError as error:
-        assert error.errno == errno.EINVAL
-    finally:
-        os.close(probe)
-        (folder / "probe").unlink()
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pt"])
@@ -398,7 +397,11 @@ def fails_at_fsync_of_a_file(tools: Any, folder: str, nth: int) -> None:
         told = ""
     except CheckpointError as error:
         told = str(error)
-    print(json.dumps([told, load(path)["w"].unique().tolist(), os.listdir(folder)]))
+    print(
+        json.dumps(
+            [told, load(path)["w"].unique().tolist(), [p.name for p in Path(folder).iterdir()]]
+        )
+    )
 
 
 def test_a_failed_fsync_of_a_file_is_never_success(

@@ -161,6 +161,16 @@ def test_hooks_that_change_values_are_honoured() -> None:
         assert torch.equal(split({"net": net}, outlines).tensors["net.weight"], net.weight * 2)
 
 
+def test_a_hook_that_comes_later_is_honoured() -> None:
+    training, outlines = Training(), Outlines()
+    split(training.state, outlines)
+    calls = []
+    training.net.module.register_state_dict_pre_hook(lambda *_: calls.append(1))
+    for number in range(1, 4):
+        split(training.state, outlines)
+        assert len(calls) >= number
+
+
 def test_nothing_is_kept_alive() -> None:
     import gc
     import weakref

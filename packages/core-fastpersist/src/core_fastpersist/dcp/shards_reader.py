@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,9 @@ from core_fastpersist.dcp.shards import OBJECTS, SHARDING
 from core_fastpersist.files.header import READABLE
 from core_fastpersist.files.parsing import read_header
 from core_fastpersist.storage import DirectSource
+
+_NONSENSE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
+"""What made-up metadata can lead to."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class SafetensorsReader(StorageReader):
             raise CheckpointError(f"{self.path} has no safetensors file")
         for path in paths:
             self._read_header(path, found)
+        self._require_whole(found)
         found |= {name: BytesStorageMetadata() for name in self._objects}
         return Metadata(found, storage_meta=StorageMeta())
 
@@ -86,6 +93,11 @@ class SafetensorsReader(StorageReader):
             name = item.storage_index.fqn
             if item.type == LoadItemType.BYTE_IO:
                 file, offset, length = self._objects[name]
+                if min(offset, length) < 0 or offset + length > self._source.size(file):
+                    raise CheckpointError(
+                        f"{self.path / file} is truncated, or what leads to {name!r} is damaged",
+                        why=f"{length:,} bytes from {offset:,} on are not there",
+                    )
                 blob = bytearray(length)
                 self._source.read_into(file, offset, blob)
                 planner.load_bytes(item, io.BytesIO(blob))
@@ -121,8 +133,23 @@ class SafetensorsReader(StorageReader):
                 place = _Stored(path.name, header.start + entry.begin, dtype, entry.shape)
                 self._chunks[entry.name, offsets] = place
                 _add_chunk(found, entry.name, place, offsets)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except _NONSENSE as error:
             raise CheckpointError(f"{path} is damaged", why=str(error)) from None
+
+    def _require_whole(
+        self, found: Mapping[str, TensorStorageMetadata | BytesStorageMetadata]
+    ) -> None:
+        """DCP does not see that a file is missing from between others, and leaves its rows alone."""
+        there: Counter[str] = Counter()
+        for (name, _), chunk in self._chunks.items():
+            there[name] += math.prod(chunk.shape)
+        for name, known in found.items():
+            if isinstance(known, TensorStorageMetadata) and there[name] < known.size.numel():
+                raise CheckpointError(
+                    f"{self.path} has only parts of {name!r}",
+                    why=f"{there[name]:,} of {known.size.numel():,} elements are there",
+                    fix="use an older checkpoint",
+                )
 
 
 def _add_chunk(

@@ -51,7 +51,8 @@ class Outlines:
         """
         self._known.pop(part, None)
         if isinstance(part, nn.Module):
-            places = _places(part, found)
+            # Hooks may do more than change values: those of FSDP2 put shards back in their places.
+            places = None if any(map(_hooks, part.modules())) else _places(part, found)
             if places is not None:
                 self._known[part] = _Module(part, places)
         elif part.state and isinstance(model := self._known.get(owner), _Module):
@@ -87,10 +88,14 @@ class _Module:
 
 
 def _shape(modules: Any) -> Iterator[tuple[Any, ...]]:
-    """What must not change: who is below whom, and how many tensors each has."""
+    """What must not change: who is below whom, which tensors each has, and no hooks."""
     for module in modules:
         below = tuple(map(id, module._modules.values()))
-        yield id(module), below, tuple(module._parameters), tuple(module._buffers)
+        yield id(module), below, tuple(module._parameters), tuple(module._buffers), _hooks(module)
+
+
+def _hooks(module: nn.Module) -> int:
+    return len(module._state_dict_hooks) + len(module._state_dict_pre_hooks)
 
 
 def _places(part: nn.Module, found: Mapping[str, Any]) -> dict[str, tuple[int, str, str]] | None:
