@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from core_fastpersist.dcp.audit import local
 from core_fastpersist.dcp.image import Image
+from core_fastpersist.direct.digests import Digests
 from core_fastpersist.direct.memory import PAGE
 from core_fastpersist.direct.remote import SharedArena
 
@@ -29,6 +30,7 @@ class StagingArea:
 
     Attributes:
         image: the file that was last laid out over these copies, as long as they keep their places.
+        described: what the last metadata were made of, their bytes, and the digests of these.
     """
 
     def __init__(self) -> None:
@@ -39,6 +41,7 @@ class StagingArea:
         self._targets: list[Tensor] = []
         self._copies: dict[str, Tensor] = {}
         self.image: Image | None = None
+        self.described: tuple[tuple[Any, ...], bytes, Digests] | None = None
 
     def copy(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
         """Copy tensors into the area, over what was there before.

@@ -8,6 +8,7 @@ it lies, whoever allocated it.
 from __future__ import annotations
 
 import io
+import operator
 import pickle
 import threading
 import uuid
@@ -18,7 +19,6 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import (
     CURRENT_DCP_VERSION,
     DEFAULT_SUFFIX,
-    _StorageInfo,  # pyright: ignore[reportPrivateUsage] # stock readers unpickle this class
 )
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
@@ -73,15 +73,12 @@ class NativeWriter(StagingWriter):
         results: list[WriteResult] = []
         try:
             if plan.items:
-                name = f"{plan.storage_data.prefix}{uuid.uuid4().hex[:8]}{DEFAULT_SUFFIX}"
+                name = _free_name(folder, plan.storage_data.prefix)
                 image = self._image(plan.items, planner)
                 path = folder / name
                 digests = self.carrier.write(path, image.size, image.pieces)
                 write_digests(path, digests)
-                results = [
-                    WriteResult(item.index, length, _StorageInfo(name, offset, length))
-                    for item, offset, length in image.places
-                ]
+                results = image.results(name)
             with disk_errors(f"cannot make {folder} durable"):
                 sync(folder)
         finally:
@@ -106,13 +103,9 @@ class NativeWriter(StagingWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Make the checkpoint visible: metadata and their digest, durable, in place at once."""
         found = [result for one in results for result in one]
-        metadata.version = CURRENT_DCP_VERSION
-        metadata.storage_data = {result.index: result.storage_data for result in found}
-        metadata.storage_meta = self.storage_meta()
         own = self.rank if self.rank is not None and not self.use_collectives else None
         path = Path(self._get_metadata_path(own))
-        content = pickle.dumps(metadata)
-        whole = Digests(0, max(_ALIGNED, len(content)), len(content), (digest(content),))
+        content, whole = self._described(metadata, results)
         again = path.exists()
         if again:  # metadata and the digests of others, seen together, would be refused
             sidecar_of(path).unlink(missing_ok=True)
@@ -124,6 +117,35 @@ class NativeWriter(StagingWriter):
         sync(path.parent)
         if self.use_collectives:
             _remove_others(path.parent, {result.storage_data.relative_path for result in found})
+
+    def _described(
+        self, metadata: Metadata, results: list[list[WriteResult]]
+    ) -> tuple[bytes, Digests]:
+        """Metadata as bytes; those of the last checkpoint, if nothing in them is new."""
+        area = None if self.staged_checkpoint is None else self.staged_checkpoint.area
+        key = (metadata.state_dict_metadata, metadata.planner_data, *results)
+        if area is not None and area.described is not None:
+            before, content, digests = area.described
+            if len(before) == len(key) and all(map(operator.is_, before, key)):
+                return content, digests
+        metadata.version = CURRENT_DCP_VERSION
+        found = (result for one in results for result in one)
+        metadata.storage_data = {result.index: result.storage_data for result in found}
+        # Not where it was saved: a checkpoint is moved to its place when it is complete.
+        metadata.storage_meta = None
+        content = pickle.dumps(metadata)
+        digests = Digests(0, max(_ALIGNED, len(content)), len(content), (digest(content),))
+        if area is not None:
+            area.described = key, content, digests
+        return content, digests
+
+
+def _free_name(folder: Path, prefix: str) -> str:
+    """DCP's own name for a rank's file, or one that nobody has in a folder that is saved into again."""
+    name = f"{prefix}0{DEFAULT_SUFFIX}"
+    return (
+        name if not (folder / name).exists() else f"{prefix}{uuid.uuid4().hex[:8]}{DEFAULT_SUFFIX}"
+    )
 
 
 def _lay_out(items: list[WriteItem], planner: SavePlanner) -> Image:

@@ -39,6 +39,11 @@ class Outlines:
             return known.leaves(part) if same else None
         return None if known is None else known.leaves(part)
 
+    def parameters(self, part: nn.Module) -> set[str] | None:
+        """Names of the leaves of a module that are parameters; ``None`` for one not remembered."""
+        known = self._known.get(part)
+        return known.parameters if isinstance(known, _Module) else None
+
     def learn(
         self, part: nn.Module | Optimizer, found: Mapping[str, Any], owner: nn.Module
     ) -> None:
@@ -66,6 +71,7 @@ class _Module:
 
     def __init__(self, part: nn.Module, places: Mapping[str, tuple[int, str, str]]) -> None:
         self._places = places
+        self.parameters = {n for n, (_, kind, _) in places.items() if kind == "_parameters"}
         self._modules = [ref(module) for module in part.modules()]
         self._shape = tuple(_shape(part.modules()))
 

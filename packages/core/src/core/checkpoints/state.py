@@ -81,7 +81,7 @@ def split(state: State, outlines: Outlines | None = None) -> Parts:
                     parts.tensors[key] = leaf
                 else:
                     parts.values[key] = encode(leaf, key, parts.tensors)
-            parts.stable |= _stable(part, found)
+            parts.stable |= _stable(name, part, found, outlines)
         else:
             parts.values[name] = encode(_plain(part), name, parts.tensors)
     return parts
@@ -198,13 +198,18 @@ def _owner(state: State, optimizer: Optimizer) -> nn.Module:
     )
 
 
-def _stable(part: nn.Module | Optimizer, found: Mapping[str, Any]) -> set[str]:
-    tensors = {key: leaf for key, leaf in found.items() if isinstance(leaf, Tensor)}
+def _stable(
+    name: str, part: nn.Module | Optimizer, found: Mapping[str, Any], outlines: Outlines | None
+) -> set[str]:
     if isinstance(part, Optimizer):
-        return set(tensors)
+        return {key for key, leaf in found.items() if isinstance(leaf, Tensor)}
+    known = outlines.parameters(part) if outlines else None
+    if known is not None:
+        return {f"{name}.{key}" for key in known}
     # By address: wrappers change the names of parameters, and state dicts their identity.
     parameters = {_address(parameter) for parameter in part.parameters()}
-    return {key for key, tensor in tensors.items() if _address(tensor) in parameters}
+    tensors = ((key, leaf) for key, leaf in found.items() if isinstance(leaf, Tensor))
+    return {key for key, tensor in tensors if _address(tensor) in parameters}
 
 
 def _address(tensor: Tensor) -> int:
