@@ -50,7 +50,7 @@ def every_step(run: Run, tour: Tour) -> Iterator[Row]:
 
     folder = tour.folder / "every-step"
     shutil.rmtree(folder, ignore_errors=True)
-    found = measure(run, state, step, (OURS, STOCK), folder, rounds=6, steps=6)
+    found = measure(run, state, step, (OURS, STOCK), folder, rounds=12, steps=4)
     yield _overhead_row(found)
     yield _read_back(run, model, state, folder / "last")
     shutil.rmtree(folder)

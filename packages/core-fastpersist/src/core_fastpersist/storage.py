@@ -133,9 +133,8 @@ class DirectSource:
             file.close()
         self._files.clear()
 
-    def __del__(self) -> None:
-        # DCP readers own sources and have no end of their own.
-        self.close()
+    # No __del__: it would wait for threads wherever the collector runs, even in one that starts.
+    # Files and executors that nobody holds any more end by themselves.
 
     def _file(self, name: str) -> _Chunks:
         if name not in self._files:

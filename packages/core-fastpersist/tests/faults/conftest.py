@@ -108,7 +108,7 @@ def digest(tree: Any) -> str:
     for tensor in leaves(tree):
         found.update(str((tensor.dtype, tuple(tensor.shape))).encode())
         found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    found.update(repr([value for value in plain(tree)]).encode())
+    found.update(repr(list(plain(tree))).encode())
     return found.hexdigest()
 
 
@@ -253,7 +253,7 @@ def _become(request: dict[str, Any]) -> None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         os.dup2(descriptor, number)
         os.close(descriptor)
-    sys.stdin = open(os.devnull)
+    sys.stdin = Path(os.devnull).open()  # noqa: SIM115 # it stays open
     spec = importlib.util.spec_from_file_location("child", request["file"])
     assert spec is not None
     assert spec.loader is not None

@@ -171,8 +171,10 @@ def test_what_is_remembered_of_a_state_notices_every_change(
         equal(split(state, outlines), split(state))
 
 
-@pytest.mark.parametrize("adopted", [False, True])
-@each_mode
+@pytest.mark.parametrize(
+    ("mode", "adopted"),
+    [("copy, process", False), ("copy, thread", True), ("live", False), ("live", True)],
+)
 def test_a_state_that_changes_between_checkpoints_is_saved_as_it_is(
     mode: str, adopted: bool, training: Callable[..., Any]
 ) -> None:

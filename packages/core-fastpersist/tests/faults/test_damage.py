@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
 import random
@@ -99,6 +100,8 @@ def test_a_flipped_bit_of_any_file_is_an_error_or_changes_nothing(
     for name, kinds in found.items():
         # Everything that matters is covered; data and headers without an exception.
         allowed = {"error", "older"} if name == "manifest.json" else {"error"}
+        if name.endswith(SUFFIX):  # the size of chunks does not matter where there is only one
+            allowed.add("right")
         assert kinds <= allowed, found
     assert outcome(trained) == "right"
 
@@ -185,6 +188,21 @@ KINDS = ["native", "sharded"]
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
+def test_readers_that_are_collected_anywhere_hold_nothing_up(tmp_path: Path) -> None:
+    """The collector runs in whichever thread, also in one that another waits for."""
+    folder = dcp_folder(tmp_path / "saved", "native")
+    before = gc.get_threshold()
+    gc.set_threshold(20, 2, 2)
+    try:
+        for _ in range(60):
+            reader: Any = NativeReader(folder)
+            dcp.load({"w": torch.zeros(60_000)}, storage_reader=reader, no_dist=True)
+            reader.cycle = reader
+            del reader
+    finally:
+        gc.set_threshold(*before)
+
+
 @each_kind
 def test_a_damaged_dcp_folder_is_an_error_or_loads_right(kind: str, tmp_path: Path) -> None:
     folder = dcp_folder(tmp_path / "saved", kind)
@@ -209,7 +227,8 @@ def raises_or_is_right(folder: Path, kind: str) -> bool:
     try:
         found = read_back(folder, kind)
     except (CheckpointException, CheckpointError) as error:
-        assert cause(error), repr(error)
+        if not cause(error):
+            raise
         return True
     require_right(found)
     return False
@@ -296,7 +315,7 @@ ANY = st.recursive(
 GOOD = {"version": 1, "file": "x.bin", "algorithm": "xxh3_128", "start": 0, "chunk": 4096}
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=70, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_made_up_sidecar_is_an_error(data: st.DataObject, tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
@@ -313,7 +332,8 @@ def test_a_made_up_sidecar_is_an_error(data: st.DataObject, tmp_path: Path) -> N
         try:
             found = digests_of(path)
         except CheckpointError as error:
-            assert "x.bin" in str(error)
+            if "x.bin" not in str(error):
+                raise
         else:
             from core_fastpersist.direct.reading import check_file
 
@@ -348,7 +368,7 @@ def with_metadata(folder: Path, change: Callable[[dict[str, str]], dict[str, str
     save_file(tensors, path, metadata=change(metadata))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=70, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 @pytest.mark.parametrize("key", ["DCP_SHARDING_INFO", "fastpersist.objects"])
 def test_made_up_metadata_of_shards_are_an_error_or_load_right(
@@ -375,7 +395,8 @@ def test_made_up_metadata_of_shards_are_an_error_or_load_right(
     try:
         found = read_back(folder, "sharded")
     except (CheckpointException, CheckpointError) as error:
-        assert clear(error), repr(error)
+        if not clear(error):
+            raise
     else:
         assert torch.equal(found["b"], state()["b"])
 
@@ -495,6 +516,7 @@ def test_metadata_with_any_bytes_changed_and_a_digest_to_match_are_an_error_or_l
     try:
         NativeReader(folder).read_metadata()
     except CheckpointError as error:
-        assert ".metadata" in str(error) or "metadata was refused" in str(error)
+        if ".metadata" not in str(error) and "metadata was refused" not in str(error):
+            raise
     finally:
         forge(folder, original)

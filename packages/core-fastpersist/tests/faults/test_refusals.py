@@ -227,7 +227,7 @@ def test_a_run_on_sectors_of_4096_bytes(
 # Writes that end early, and threads that fail
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32))
 def test_short_writes_and_reads_go_on_where_they_ended(seed: int, tmp_path: Path) -> None:
     numbers, lock = random.Random(seed), threading.Lock()
@@ -288,7 +288,7 @@ def breaks(nth: int, number: int) -> Callable[[pytest.MonkeyPatch], None]:
     return lambda patch: patch.setattr(os, "pwritev", call)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data(), number=st.sampled_from([errno.EIO, errno.ENOSPC, errno.EDQUOT]))
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pt"])
 def test_one_write_that_fails_in_any_thread_fails_the_file(

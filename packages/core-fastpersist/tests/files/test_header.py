@@ -268,7 +268,7 @@ def test_records_that_lead_out_of_the_stored_bytes_are_refused(
 
 def test_a_deep_tree_is_refused(folder: Path) -> None:
     plan = draft([], "x" * 200_000, chunk=512)
-    deep = replace(plan, tree='{"root":' + "[" * 150_000)
+    deep = replace(plan, strings={"fastpersist.tree": '{"root":' + "[" * 150_000})
     path = folder / "deep"
     path.write_bytes(deep.block(Digests(plan.start, 512, plan.size, ())))
     with pytest.raises(CheckpointError, match=r"deep.* nests too deep"):

@@ -23,6 +23,8 @@ from core_fastpersist.direct.memory import shared_pages
 from core_fastpersist.direct.newfile import WriteOptions
 from core_fastpersist.direct.pieces import HostBytes, Piece
 
+_NICE = 10
+
 
 def serve(connection: Connection, arena: memoryview) -> None:
     """Answer requests until the other side closes."""
@@ -79,6 +81,8 @@ def main() -> None:
     socket, descriptor, size, trainer = (int(argument) for argument in sys.argv[1:5])
     # An interrupt at the terminal is the trainer's to handle; this process ends with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Training goes first: writing waits for the disk most of the time anyway.
+    os.nice(_NICE)
     connection = Connection(socket)
     threading.Thread(target=_leave_with, args=(connection, trainer), daemon=True).start()
     serve(connection, shared_pages(descriptor, size))

@@ -63,7 +63,9 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write and sync it in ``folder``."""
         content = {"version": VERSION, **vars(self)}
-        sync_file(folder / MANIFEST, json.dumps({**content, _CHECK: _digest(content)}).encode())
+        text = json.dumps({**content, _CHECK: _digest(content)})
+        with disk_errors(f"cannot write {folder / MANIFEST}"):
+            sync_file(folder / MANIFEST, text.encode())
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
