@@ -33,7 +33,7 @@ class FastPersistSettings(Settings):
     """Checkpoints in which a tensor must have kept still between submit and optimizer step before
     mode ``live`` writes it without a copy."""
 
-    chunk: Annotated[int, Ge(1), Le(256)] = 32
+    chunk: Annotated[int, Ge(1), Le(256)] = 16
     """MiB of one write and of one digest; rounded up to a power of two."""
 
     threads: Annotated[int, Ge(1), Le(4)] = 4

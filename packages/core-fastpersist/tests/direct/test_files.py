@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_any_pieces_make_the_file(
     edges = sorted({0, size, *(int(cut * size) for cut in cuts)})
     expected = bytearray(size)
     pieces = []
-    for index, (begin, end) in enumerate(zip(edges, edges[1:], strict=False)):
+    for index, (begin, end) in enumerate(pairwise(edges)):
         if gaps and index % 3 == 2:
             continue
         part = data[begin:end]

@@ -42,7 +42,7 @@ class WriteOptions:
         direct: direct I/O or not; ``None`` for direct where the mount can.
     """
 
-    chunk: int = 32 * 2**20
+    chunk: int = 16 * 2**20
     threads: int = 4
     ring: int = 8 * 2**20
     direct: bool | None = None

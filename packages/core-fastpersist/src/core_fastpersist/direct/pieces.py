@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from functools import cached_property
 from typing import Protocol
 
 from core_fastpersist.direct.memory import address
+
+_LARGE = 64 * 2**10
 
 
 class Source(Protocol):
@@ -40,8 +43,17 @@ class HostBytes:
         self.view: memoryview = memoryview(data).cast("B")
         self.nbytes: int = self.view.nbytes
 
+    @cached_property
+    def address(self) -> int:
+        """Address of the first byte."""
+        return address(self.view)
+
     def copy(self, begin: int, end: int, into: memoryview) -> None:
-        into[:] = self.view[begin:end]
+        if end - begin < _LARGE:
+            into[:] = self.view[begin:end]
+        else:
+            # Unlike an assignment this lets other threads run, and they have blocks to write.
+            ctypes.memmove(address(into), self.address + begin, end - begin)
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,8 @@ class Piece:
 
         Direct I/O can go straight from memory where this is a multiple of the alignment.
         """
+        if isinstance(self.source, HostBytes):
+            return self.source.address - self.offset
         view = self.source.view
         return None if view is None else address(view) - self.offset
 

@@ -101,7 +101,8 @@ def _shape(modules: Any) -> Iterator[tuple[Any, ...]]:
 
 
 def _hooks(module: nn.Module) -> int:
-    return len(module._state_dict_hooks) + len(module._state_dict_pre_hooks)
+    known = vars(module)
+    return len(known["_state_dict_hooks"]) + len(known["_state_dict_pre_hooks"])
 
 
 def _places(part: nn.Module, found: Mapping[str, Any]) -> dict[str, tuple[int, str, str]] | None:
