@@ -73,8 +73,8 @@ class ProcessCarrier:
         self.options = options or WriteOptions()
         self.arena = arena
         self._lock = threading.Lock()
-        # A run saves the same image again and again: same places, new bytes.
-        self._last: tuple[Sequence[Piece], list[list[int]], bytearray] | None = None
+        # A run saves the same image again and again, and the process knows the places of the last.
+        self._last: Sequence[Piece] | None = None
         ours, theirs = socket.socketpair()
         with theirs:
             descriptors = (theirs.fileno(), arena.descriptor)
@@ -96,16 +96,13 @@ class ProcessCarrier:
         return self._process.pid
 
     def write(self, path: Path, size: int, pieces: Sequence[Piece]) -> Digests:
-        if self._last is None or self._last[0] is not pieces:
-            self._last = pieces, *self._rows(pieces)
-        _, rows, inline = self._last
-        request = {
-            "path": str(path.absolute()),
-            "size": size,
-            "pieces": rows,
-            "options": asdict(self.options),
-        }
+        request: dict[str, Any] = {"path": str(path.absolute()), "size": size}
+        inline = bytearray()
         with self._lock:
+            if self._last is not pieces:
+                rows, inline = self._rows(pieces)
+                request |= {"pieces": rows, "options": asdict(self.options)}
+                self._last = pieces if self._lasting(pieces) else None
             try:
                 self._connection.send_bytes(json.dumps(request).encode())
                 self._connection.send_bytes(inline)
@@ -142,6 +139,11 @@ class ProcessCarrier:
                 piece.source.copy(0, length, memoryview(inline)[begin:])
             rows.append([piece.offset, place, length])
         return rows, inline
+
+    def _lasting(self, pieces: Sequence[Piece]) -> bool:
+        """Whether all that was sent along is constant; what lies in the arena is read anew."""
+        views = (piece.source.view for piece in pieces if piece.source.nbytes)
+        return all(v is not None and (v.readonly or self.arena.place_of(v) >= 0) for v in views)
 
     def _ending(self) -> str:
         try:

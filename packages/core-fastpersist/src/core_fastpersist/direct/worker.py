@@ -28,20 +28,35 @@ _NICE = 10
 
 def serve(connection: Connection, arena: memoryview) -> None:
     """Answer requests until the other side closes."""
+    image = _Image(arena)
     while True:
         try:
             request = json.loads(connection.recv_bytes())
             inline = connection.recv_bytes()
         except (EOFError, ConnectionError):
             return
-        connection.send_bytes(json.dumps(_answer(request, inline, arena)).encode())
+        connection.send_bytes(json.dumps(_answer(request, inline, image)).encode())
 
 
-def _answer(request: dict[str, Any], inline: bytes, arena: memoryview) -> dict[str, Any]:
+class _Image:
+    """What a file is made of, and how it is written; kept for requests that do not say."""
+
+    def __init__(self, arena: memoryview) -> None:
+        self._arena = arena
+        self.pieces: list[Piece] = []
+        self.carrier = ThreadCarrier()
+
+    def update(self, request: dict[str, Any], inline: bytes) -> None:
+        """Take what a request says of it."""
+        if "pieces" in request:
+            self.pieces = _pieces(request["pieces"], memoryview(inline), self._arena)
+            self.carrier = ThreadCarrier(WriteOptions(**request["options"]))
+
+
+def _answer(request: dict[str, Any], inline: bytes, image: _Image) -> dict[str, Any]:
     try:
-        carrier = ThreadCarrier(WriteOptions(**request["options"]))
-        pieces = _pieces(request["pieces"], memoryview(inline), arena)
-        digests = carrier.write(Path(request["path"]), request["size"], pieces)
+        image.update(request, inline)
+        digests = image.carrier.write(Path(request["path"]), request["size"], image.pieces)
     except CheckpointError as error:
         return {"error": [error.what, error.why, error.fix]}
     except Exception as error:
