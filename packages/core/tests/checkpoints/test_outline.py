@@ -171,6 +171,19 @@ def test_a_hook_that_comes_later_is_honoured() -> None:
         assert len(calls) >= number
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_hooks_of_an_optimizer_are_honoured(late: bool) -> None:
+    training, outlines = Training(), Outlines()
+    training.step()
+    calls = []
+    if late:
+        split(training.state, outlines)
+    training.optimizer.register_state_dict_post_hook(lambda *_: calls.append(1))
+    for number in range(1, 4):
+        split(training.state, outlines)
+        assert len(calls) >= number
+
+
 def test_nothing_is_kept_alive() -> None:
     import gc
     import weakref

@@ -60,7 +60,11 @@ class Outlines:
             places = None if any(map(_hooks, part.modules())) else _places(part, found)
             if places is not None:
                 self._known[part] = _Module(part, places)
-        elif part.state and isinstance(model := self._known.get(owner), _Module):
+        elif (
+            part.state
+            and not _optimizer_hooks(part)
+            and isinstance(model := self._known.get(owner), _Module)
+        ):
             outline = _Optimizer(part, _names(owner, found), model.tensors())
             if _equal(outline.leaves(part), found):
                 self._known[part] = outline
@@ -161,7 +165,13 @@ def _names(owner: nn.Module, found: Mapping[str, Any]) -> dict[int, str]:
     return found_names
 
 
+def _optimizer_hooks(part: Optimizer) -> int:
+    names = ("_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks")
+    return sum(len(vars(part)[name]) for name in names)
+
+
 def _groups(part: Optimizer) -> Iterator[tuple[Any, ...]]:
+    yield (_optimizer_hooks(part),)
     for group in part.param_groups:
         yield tuple(group), tuple((id(p), *part.state.get(p, ())) for p in group["params"])
 
