@@ -166,8 +166,10 @@ def _names(owner: nn.Module, found: Mapping[str, Any]) -> dict[int, str]:
 
 
 def _optimizer_hooks(part: Optimizer) -> int:
+    """How many hooks change its state dict; a wrapper, which has none itself, counts as one."""
     names = ("_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks")
-    return sum(len(vars(part)[name]) for name in names)
+    own = vars(part)
+    return sum(len(own[name]) if name in own else 1 for name in names)
 
 
 def _groups(part: Optimizer) -> Iterator[tuple[Any, ...]]:
