@@ -51,11 +51,14 @@ def every_step(run: Run, tour: Tour) -> Iterator[Row]:
     folder = tour.folder / "every-step"
     shutil.rmtree(folder, ignore_errors=True)
     threads = torch.get_num_threads()
-    # Where torch occupies every processor, whatever else runs holds its threads up at each barrier.
-    torch.set_num_threads(max(1, threads - 1))
     try:
-        found = measure(run, state, step, (OURS, STOCK), folder, rounds=12, steps=4)
-        yield _overhead_row(found, torch.get_num_threads(), threads)
+        # As the run trains, and with a processor left free: where torch occupies all of them,
+        # whatever else runs holds its threads up at each barrier.
+        for used in dict.fromkeys((threads, max(1, threads - 1))):
+            torch.set_num_threads(used)
+            place = folder / f"{used}-threads"
+            found = measure(run, state, step, (OURS, STOCK), place, rounds=9, steps=4)
+            yield _overhead_row(found, used, threads)
     finally:
         torch.set_num_threads(threads)
     yield _read_back(run, model, state, folder / "last")

@@ -352,7 +352,11 @@ class Disks:
         """Unmount and mount what :meth:`ext4` has made, as after a power cut."""
         device = _device(target)
         _unmount(target)
-        self._mount(device, str(target))
+        done = subprocess.run(
+            ["mount", device, str(target)], capture_output=True, text=True, check=False
+        )
+        # It was mounted before: a file system that cannot be mounted again is lost, not absent.
+        assert done.returncode == 0, done.stderr
 
     def _target(self) -> Path:
         if os.geteuid() != 0:
