@@ -7,11 +7,11 @@ importing this module never imports it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -109,6 +109,59 @@ def always_works(subject: object) -> str:
     return ""
 
 
+Progress = Callable[[str, int], None]
+"""Called, from any thread, with what is being converted and with its bytes."""
+
+
+class Converter(Protocol):
+    """A conversion of one checkpoint, planned and checked."""
+
+    @property
+    def tensors(self) -> int:
+        """Number of tensors."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as they are written."""
+        ...
+
+    @property
+    def skipped(self) -> Sequence[str]:
+        """Names of entries that are left out."""
+        ...
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        """What the user should know of the result."""
+        ...
+
+    def describe(self) -> Mapping[str, Any]:
+        """Further facts for a dry run, as JSON."""
+        ...
+
+    def write(self, folder: Path, progress: Progress) -> None:
+        """Make the checkpoint in an empty folder, which core makes visible afterwards.
+
+        Raises:
+            CheckpointError: when reading or writing fails.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a checkpoint says of itself beside its tensors.
+
+    Args:
+        step: optimizer steps done.
+        values: plain values by name: ``optim.param_groups.<parameter>.lr``, ``scheduler``, ...
+    """
+
+    step: int = 0
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFormat:
     """A checkpoint layout on disk, as DCP readers and writers.
@@ -135,13 +188,17 @@ class CheckpointFormat:
         summary: one sentence.
         detect: whether a path holds this format; fast, and false on everybody else's files.
         reader: opens a path for reading, or ``None`` when the format is only written.
-        writer: opens a folder for writing, or ``None`` when the format is only read. It must work
+        writer: opens a folder for writing, or ``None`` when runs cannot save in it. It must work
             under any planner. One that also is a DCP ``AsyncStager`` stages for itself.
         planner: plans which rank writes what; DCP's default unless given.
         preference: ``checkpoint.format = "auto"`` takes the highest that works; None: only by name.
         works: why it cannot be used for checkpoints in this folder, or an empty string.
         extends: name of the format that this is a dialect of, whose reader reads it too. What both
             recognise is of the dialect.
+        convert: plans how a checkpoint that another format (or this one) reads becomes one of this
+            format; takes the place of ``writer`` in ``core convert``. A CheckpointError refuses it.
+        describe: step and plain values of a checkpoint that was not saved by a run of core. Its
+            model is ``model.``, its optimizers are ``optim.`` then, as in torch's own state dicts.
     """
 
     name: str
@@ -153,6 +210,8 @@ class CheckpointFormat:
     preference: int | None = None
     works: Callable[[Path], str] = always_works
     extends: str = ""
+    convert: Callable[[Path, CheckpointFormat, Run], Converter] | None = None
+    describe: Callable[[Path, Run], Description] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +271,23 @@ class ModelFamily:
     summary: str
     presets: tuple[str, ...]
     build: Callable[[str, Mapping[str, Any]], nn.Module]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterRules:
+    """How the parameters of a model are cut, fused and padded where checkpoints do not say it.
+
+    A plugin that reads foreign checkpoints documents the content; the settings call it by name.
+
+    Args:
+        name: what ``checkpoint.rules`` calls it.
+        summary: one sentence.
+        tables: makes the content of a rules file, as ``tomllib`` would parse it.
+    """
+
+    name: str
+    summary: str
+    tables: Callable[[], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,4 +376,5 @@ class Probe:
 
 
 CheckpointContribution = CheckpointFormat | Storage
+ModelContribution = ModelFamily | ParameterRules
 RecipeContribution = Recipe | Step

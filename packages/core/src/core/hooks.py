@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from core.contributions import (
         CheckpointContribution,
         EngineType,
-        ModelFamily,
+        ModelContribution,
         Probe,
         RecipeContribution,
         Settings,
@@ -103,8 +103,8 @@ class Hooks:
         return ()
 
     @hookspec
-    def core_models(self) -> Iterable[ModelFamily]:
-        """Yield model families with their presets."""
+    def core_models(self) -> Iterable[ModelContribution]:
+        """Yield model families with their presets, and rules of how parameters are laid out."""
         return ()
 
     @hookspec

@@ -68,8 +68,8 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 
 def converted(run: core.Run, source: Path, target: Path, to: str) -> Path:
-    conversion, reader = convert.plan(source, target, to, run)
-    convert.execute(conversion, reader, run)
+    conversion = convert.plan(source, target, to, run)
+    convert.execute(conversion)
     return target
 
 
@@ -120,11 +120,9 @@ def test_objects_are_refused_or_left_out(run: core.Run, tmp_path: Path) -> None:
     dcp.save({"x": torch.ones(2), "o": {"lr": 0.1}}, checkpoint_id=tmp_path / "in")
     with pytest.raises(core.CheckpointError, match=r"o\.lr"):
         convert.plan(tmp_path / "in", tmp_path / "out", "safetensors", run)
-    plan, reader = convert.plan(
-        tmp_path / "in", tmp_path / "out", "safetensors", run, skip_objects=True
-    )
-    assert plan.skipped == ("o.lr",)
-    convert.execute(plan, reader, run)
+    plan = convert.plan(tmp_path / "in", tmp_path / "out", "safetensors", run, skip_objects=True)
+    assert plan.work.skipped == ("o.lr",)
+    convert.execute(plan)
     assert list(load_file(tmp_path / "out" / "model.safetensors")) == ["x"]
 
 
@@ -143,9 +141,9 @@ def test_a_failed_conversion_leaves_nothing(run: core.Run, tmp_path: Path) -> No
     dcp.save({"a": torch.ones(4), "b": torch.ones(1000)}, checkpoint_id=tmp_path / "in")
     data = next((tmp_path / "in").glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:-3000])
-    conversion, reader = convert.plan(tmp_path / "in", tmp_path / "out", "safetensors", run)
+    conversion = convert.plan(tmp_path / "in", tmp_path / "out", "safetensors", run)
     with pytest.raises(core.CheckpointError):
-        convert.execute(conversion, reader, run)
+        convert.execute(conversion)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
 
 
@@ -197,9 +195,9 @@ def test_forged_entries_are_refused(run: core.Run, tmp_path: Path, change: dict[
     metadata = dcp.FileSystemReader(folder).read_metadata()
     metadata.storage_data = {k: replace(v, **change) for k, v in metadata.storage_data.items()}
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    conversion, reader = convert.plan(folder, tmp_path / "out", "safetensors", run)
+    conversion = convert.plan(folder, tmp_path / "out", "safetensors", run)
     with pytest.raises(core.CheckpointError):
-        convert.execute(conversion, reader, run)
+        convert.execute(conversion)
     assert not (tmp_path / "out").exists()
 
 
@@ -254,9 +252,9 @@ def test_any_damaged_file_is_read_or_refused(
         content[position % len(content)] ^= change
     data.write_bytes(content)
     target = {"a": torch.empty(4), "b": torch.empty(2, 2)}
-    conversion, reader = convert.plan(tmp_path / "in", tmp_path / "out", "safetensors", run)
+    conversion = convert.plan(tmp_path / "in", tmp_path / "out", "safetensors", run)
     try:
-        convert.execute(conversion, reader, run)
+        convert.execute(conversion)
     except core.CheckpointError:
         assert not (tmp_path / "out").exists()
     else:
@@ -267,12 +265,12 @@ def test_any_damaged_file_is_read_or_refused(
 def _measure(source: Path, target: Path, to: str) -> int:
     """Bytes by which a conversion raises the peak memory of a process."""
     with core.start(folder=target.parent / "run") as run:
-        conversion, reader = convert.plan(source, target, to, run)
+        conversion = convert.plan(source, target, to, run)
         small = {"w": torch.zeros(1)}
         dcp.save(small, checkpoint_id=target.parent / "warm")
         converted(run, target.parent / "warm", target.parent / "warm-out", to)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        convert.execute(conversion, reader, run)
+        convert.execute(conversion)
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 

@@ -80,8 +80,8 @@ def test_the_source_format_can_be_named(tmp_path: Path) -> None:
         with pytest.raises(core.CheckpointError, match=r"greedy, safetensors[\s\S]*--from"):
             convert.plan(folder, tmp_path / "out", "dcp", run)
         for name in ("safetensors", "other.greedy"):
-            found, _ = convert.plan(folder, tmp_path / "out", "dcp", run, from_format=name)
-            assert list(found.tensors) == ["a"]
+            found = convert.plan(folder, tmp_path / "out", "dcp", run, from_format=name)
+            assert found.work.tensors == 1
         with pytest.raises(core.PluginError, match="did you mean"):
             convert.plan(folder, tmp_path / "out", "dcp", run, from_format="gredy")
         with pytest.raises(core.CheckpointError, match="absent does not exist"):
@@ -101,8 +101,8 @@ def test_files_in_folders_are_listed_and_checked(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
     with make_run(tmp_path / "run", plugins=plugin_of(Greedy(), "other")) as run:
         path = run.save({"model": model}, 1).durable()
-        plan, reader = convert.plan(path, tmp_path / "out", "nested", run, from_format="dcp")
-        convert.execute(plan, reader, run)
+        plan = convert.plan(path, tmp_path / "out", "nested", run, from_format="dcp")
+        convert.execute(plan)
         other = torch.nn.Linear(2, 2)
         run.load({"model": other}, tmp_path / "out")
         assert torch.equal(other.weight, model.weight)
@@ -124,7 +124,7 @@ def test_the_storage_is_that_of_the_disks_at_hand(
 
         monkeypatch.setattr(run.checkpoints, "storage", record)
         target = tmp_path / "elsewhere" / "out"
-        convert.execute(*convert.plan(source, target, "safetensors", run), run)
+        convert.execute(convert.plan(source, target, "safetensors", run))
     assert [path and path.parent for path in asked] == [tmp_path, target.parent]
 
 
@@ -142,7 +142,7 @@ def test_settings_reach_the_conversion(source: Path, tmp_path: Path) -> None:
 def test_standard_output_is_json_alone(source: Path, tmp_path: Path) -> None:
     result = call(source, tmp_path / "out", "--to", "safetensors", "--json")
     assert json.loads(result.stdout)["bytes"] == 24
-    assert "dcp -> safetensors" in result.stderr
+    assert not result.stderr
 
 
 def test_source_and_target_that_overlap_are_refused(source: Path, tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_an_interrupted_conversion_leaves_nothing(source: Path, tmp_path: Path) 
 
     with make_run(tmp_path / "run") as run:
         for to in ("safetensors", "dcp"):
-            plan, reader = convert.plan(source, tmp_path / "out", to, run)
+            plan = convert.plan(source, tmp_path / "out", to, run)
             with pytest.raises(KeyboardInterrupt):
-                convert.execute(plan, reader, run, interrupt)
+                convert.execute(plan, interrupt)
             assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]

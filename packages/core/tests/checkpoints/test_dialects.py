@@ -96,6 +96,6 @@ def test_what_no_dialect_decides_is_ambiguous(
 def test_the_extended_format_reads_a_dialect_when_it_is_named(folder: Path) -> None:
     plugins = plugins_from({"x": Offering(dialect("checked", "dcp"))})
     with make_run(folder.parent / "other", plugins=plugins) as run:
-        conversion, _ = plan(folder, folder.parent / "out", "dcp", run, from_format="dcp")
+        conversion = plan(folder, folder.parent / "out", "dcp", run, from_format="dcp")
     assert conversion.source_format.name == "dcp"
     assert "x" in conversion.tensors

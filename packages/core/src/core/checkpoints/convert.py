@@ -1,43 +1,20 @@
-"""Conversion between checkpoint formats: the reader of one and the writer of the other."""
+"""Conversion between checkpoint formats: by the target's own way, or by reader and writer."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import (
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.storage import StorageReader
-
-from core.checkpoints import layout
+from core.checkpoints.streaming import streamed
 from core.choice import choose
-from core.contributions import CheckpointFormat
+from core.contributions import CheckpointFormat, Converter, Progress
 from core.errors import CheckpointError
 from core.plugins import Contributed
 from core.storage import new_folder, require_free
 
 if TYPE_CHECKING:
     from core.run import Run
-
-Progress = Callable[[str, int], None]
-"""Called with the name and the bytes of every tensor before it is converted."""
 
 
 @dataclass(frozen=True)
@@ -49,21 +26,14 @@ class Conversion:
         target: folder that appears.
         source_format: format found in ``source``.
         target_format: format of ``target``.
-        tensors: shape, dtype and chunks of every tensor by name.
-        skipped: names of entries that are no tensors and are left out on request.
+        work: what carries it out.
     """
 
     source: Path
     target: Path
     source_format: CheckpointFormat
     target_format: CheckpointFormat
-    tensors: dict[str, TensorStorageMetadata]
-    skipped: tuple[str, ...]
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(size_in_bytes(tensor) for tensor in self.tensors.values())
+    work: Converter
 
 
 def detect(path: Path, run: Run) -> Contributed[CheckpointFormat]:
@@ -94,7 +64,7 @@ def plan(
     *,
     from_format: str = "auto",
     skip_objects: bool = False,
-) -> tuple[Conversion, StorageReader]:
+) -> Conversion:
     """Check a conversion without writing anything.
 
     Args:
@@ -115,40 +85,28 @@ def plan(
         "checkpoint format",
         to,
         run.checkpoints.formats(),
-        lambda f: "" if f.writer else "it cannot be written",
+        lambda f: "" if f.writer or f.convert else "it cannot be written",
     ).value
-    assert read_as.reader is not None
-    reader = read_as.reader(source, run)
-    metadata = reader.read_metadata()
-    reader.set_up_storage_reader(metadata, True)
-    entries = metadata.state_dict_metadata
-    tensors = {n: e for n, e in entries.items() if isinstance(e, TensorStorageMetadata)}
-    objects = tuple(name for name in entries if name not in tensors)
-    if objects and not skip_objects:
-        raise CheckpointError(
-            f"{source} has {len(objects)} entries that are no tensors: {', '.join(objects[:5])}",
-            why="they are pickles, which are not carried over",
-            fix="pass --skip-objects to leave them out",
-        )
-    return Conversion(source, target, read_as, written_as, tensors, objects), reader
+    work: Converter
+    if written_as.convert is not None:
+        work = written_as.convert(source, read_as, run)
+    else:
+        work = streamed(source, read_as, written_as, run, skip_objects=skip_objects)
+    return Conversion(source, target, read_as, written_as, work)
 
 
-def execute(
-    conversion: Conversion, reader: StorageReader, run: Run, progress: Progress | None = None
-) -> None:
-    """Carry the conversion out, one tensor in memory at a time.
+def execute(conversion: Conversion, progress: Progress | None = None) -> None:
+    """Carry the conversion out.
 
     Raises:
         CheckpointError: when reading or writing fails; the target does not exist then.
     """
     with new_folder(conversion.target) as folder:
-        _write(conversion, reader, run, progress, folder)
-        _carry_manifest(conversion, folder)
+        conversion.work.write(folder, progress or _silent)
 
 
-def size_in_bytes(tensor: TensorStorageMetadata) -> int:
-    """Bytes of a whole tensor."""
-    return math.prod(tensor.size) * tensor.properties.dtype.itemsize
+def _silent(name: str, size: int) -> None:
+    """Report nothing."""
 
 
 def _require_apart(source: Path, target: Path) -> None:
@@ -174,86 +132,3 @@ def _source_format(source: Path, name: str, run: Run) -> CheckpointFormat:
         run.checkpoints.formats(),
         lambda f: "" if f.reader else "it cannot be read",
     ).value
-
-
-def _write(
-    conversion: Conversion,
-    reader: StorageReader,
-    run: Run,
-    progress: Progress | None,
-    folder: Path,
-) -> None:
-    """Write all tensors into ``folder``, as DCP does it, under a planner of our own."""
-    assert conversion.target_format.writer is not None
-    writer = conversion.target_format.writer(folder, run)
-    planner = _StreamingPlanner(conversion.tensors, reader, progress)
-    writer.reset()
-    writer.set_up_storage_writer(True)
-    local = writer.prepare_local_plan(planner.create_local_plan())
-    (final,) = writer.prepare_global_plan([local])
-    results = writer.write_data(final, planner).wait()
-    metadata = Metadata({name: _one_chunk(tensor) for name, tensor in conversion.tensors.items()})
-    writer.finish(metadata, [results])
-
-
-class _StreamingPlanner(SavePlanner):
-    """Hands the writer one tensor at a time, read when the writer asks for it."""
-
-    def __init__(
-        self,
-        tensors: dict[str, TensorStorageMetadata],
-        reader: StorageReader,
-        progress: Progress | None,
-    ) -> None:
-        self._tensors = tensors
-        self._reader = reader
-        self._progress = progress
-
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def create_local_plan(self) -> SavePlan:
-        return SavePlan([_whole(name, tensor) for name, tensor in self._tensors.items()])
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        return all_plans, Metadata({})
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        name = write_item.index.fqn
-        described = self._tensors[name]
-        if self._progress is not None:
-            self._progress(name, size_in_bytes(described))
-        tensor = torch.empty(described.size, dtype=described.properties.dtype)
-        planner = DefaultLoadPlanner()
-        planner.set_up_planner({name: tensor}, Metadata({name: described}), True)
-        plan = self._reader.prepare_local_plan(planner.create_local_plan())
-        self._reader.read_data(plan, planner).wait()
-        return tensor
-
-
-def _whole(name: str, tensor: TensorStorageMetadata) -> WriteItem:
-    start = torch.Size([0] * len(tensor.size))
-    chunk = ChunkStorageMetadata(offsets=start, sizes=tensor.size)
-    return WriteItem(
-        index=MetadataIndex(name, start),
-        type=WriteItemType.TENSOR,
-        tensor_data=TensorWriteData(chunk=chunk, properties=tensor.properties, size=tensor.size),
-    )
-
-
-def _one_chunk(tensor: TensorStorageMetadata) -> TensorStorageMetadata:
-    chunk = ChunkStorageMetadata(torch.Size([0] * len(tensor.size)), tensor.size)
-    return dataclasses.replace(tensor, chunks=[chunk])
-
-
-def _carry_manifest(conversion: Conversion, folder: Path) -> None:
-    """Keep what a run's checkpoint says of itself, so that it stays loadable by ``run.load``."""
-    if not (conversion.source / layout.MANIFEST).is_file():
-        return
-    manifest = layout.Manifest.read(conversion.source)
-    name = conversion.target_format.name
-    changed = dataclasses.replace(manifest, format=name, files=layout.file_sizes(folder))
-    changed.write(folder)

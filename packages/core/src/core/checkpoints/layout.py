@@ -62,8 +62,8 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write and sync it in ``folder``."""
-        content = {"version": VERSION, **vars(self)}
-        text = json.dumps({**content, _CHECK: _digest(content)})
+        text = json.dumps({"version": VERSION, **vars(self)})
+        text = f'{text[:-1]}, "{_CHECK}": "{_digest(text)}"}}'
         with disk_errors(f"cannot write {folder / MANIFEST}"):
             sync_file(folder / MANIFEST, text.encode())
 
@@ -75,10 +75,9 @@ class Manifest:
             CheckpointError: naming the file that is missing, truncated or not understood.
         """
         path = folder / MANIFEST
-        if not path.is_file():
+        found = _status(f"{folder}/{MANIFEST}")
+        if found is None:
             raise CheckpointError(f"{folder} is no checkpoint", why=f"it has no {MANIFEST}")
-        with disk_errors(f"cannot read {path}"):
-            found = path.stat()
         if found.st_size > _LARGEST_MANIFEST:
             raise CheckpointError(f"{path} is no manifest", why="it is too large")
         manifest = _parsed(path, found.st_ino, found.st_size, found.st_mtime_ns)
@@ -102,7 +101,7 @@ def _parsed(path: Path, *stamp: int) -> Manifest:
     try:
         content = json.loads(text)
         check = content.pop(_CHECK, None)
-        if check is not None and check != _digest(content):
+        if check is not None and check != _digest(json.dumps(content)):
             raise ValueError("it is not as it was written")
         version = content.pop("version")
         if version != VERSION:
@@ -118,19 +117,27 @@ def _parsed(path: Path, *stamp: int) -> Manifest:
 
 def _require_files(folder: Path, files: Mapping[str, int]) -> None:
     for name, size in files.items():
-        try:
-            status = os.stat(f"{folder}/{name}")  # noqa: PTH116 # after every save, so it counts
-            found = status.st_size if stat.S_ISREG(status.st_mode) else None
-        except OSError:
-            found = None
-        if found != size:
-            state = "missing" if found is None else f"{found:,} bytes long, not {size:,}"
+        found = _status(f"{folder}/{name}")
+        if found is None or found.st_size != size:
+            state = "missing" if found is None else f"{found.st_size:,} bytes long, not {size:,}"
             raise CheckpointError(f"{folder / name} is {state}", fix="use an older checkpoint")
 
 
-def _digest(content: Mapping[str, Any]) -> str:
+def _status(path: str) -> os.stat_result | None:
+    """The status of a file, or ``None`` where there is none."""
+    try:
+        # Not by a Path: this is asked of every file after every save.
+        found = os.stat(path)  # noqa: PTH116
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}", why=error.strerror or str(error)) from None
+    return found if stat.S_ISREG(found.st_mode) else None
+
+
+def _digest(text: str) -> str:
     """What a flipped bit changes; no protection against an attacker."""
-    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 @cache
@@ -160,8 +167,9 @@ def steps(directory: Path) -> list[tuple[int, Path]]:
     """Committed checkpoints by step, newest first, without looking inside."""
     if not directory.is_dir():
         return []
-    found = ((_STEP.fullmatch(path.name), path) for path in directory.iterdir())
-    return sorted(((int(m[1]), path) for m, path in found if m and path.is_dir()), reverse=True)
+    with os.scandir(directory) as entries:
+        found = [(m, e.name) for e in entries if (m := _STEP.fullmatch(e.name)) and e.is_dir()]
+    return sorted(((int(m[1]), directory / name) for m, name in found), reverse=True)
 
 
 def newest_valid(directory: Path) -> tuple[Path, Manifest, list[str]]:
@@ -185,9 +193,19 @@ def newest_valid(directory: Path) -> tuple[Path, Manifest, list[str]]:
 
 def file_sizes(folder: Path) -> dict[str, int]:
     """Sizes of all files of a folder but the manifest, by relative path."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    return {name: size for name, size in sizes.items() if name != MANIFEST}
+    sizes: dict[str, int] = {}
+    for inside, _, names in os.walk(folder, onerror=_raise):
+        below = inside[len(str(folder)) + 1 :]
+        for name in names:
+            found = _status(f"{inside}/{name}")
+            if found is not None:
+                sizes[f"{below}/{name}" if below else name] = found.st_size
+    sizes.pop(MANIFEST, None)
+    return dict(sorted(sizes.items()))
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def prune(directory: Path, keep: int) -> None:

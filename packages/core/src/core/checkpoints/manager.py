@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.checkpoints import layout, rng
+from core.checkpoints.foreign import Translation, renamed, translate
 from core.checkpoints.layout import Manifest
 from core.checkpoints.outline import Outlines
-from core.checkpoints.reading import manifest_of, open_reader, read
+from core.checkpoints.reading import introduce, open_reader, read
 from core.checkpoints.save import Save, StepGuard
 from core.checkpoints.settings import CheckpointSettings
 from core.checkpoints.state import Parts, State, loaded_values, restore, room, split
@@ -57,6 +58,18 @@ class Loaded:
     path: Path
     values: Mapping[str, Any]
     remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint that fits a state, before anything is read."""
+
+    folder: Path
+    manifest: layout.Manifest
+    reader: StorageReader
+    names: Translation
+    tensors: dict[str, Tensor]
+    remarks: list[str]
 
 
 class Checkpoints:
@@ -199,12 +212,16 @@ class Checkpoints:
         """
         self._refuse_closed()
         self.wait()
-        folder, manifest, reader, tensors, remarks = self.run.ranks.agree(
-            lambda: self._open(state, path)
+        found = self.run.ranks.agree(lambda: self._open(state, path))
+        folder, manifest, tensors, remarks = (
+            found.folder,
+            found.manifest,
+            found.tensors,
+            found.remarks,
         )
-        generators = rng.room(self.run.rank, reader.read_metadata().state_dict_metadata)
-        read(folder, reader, tensors | generators, self._group)
-        restore(state, tensors, manifest.values)
+        generators = rng.room(self.run.rank, found.names.saved)
+        read(folder, found.reader, renamed(tensors | generators, found.names), self._group)
+        restore(state, tensors, found.names.values)
         if manifest.world_size:
             rng.bring_back(self.run.rank, manifest.step, generators)
         if manifest.world_size not in (0, self.run.world_size):
@@ -214,24 +231,30 @@ class Checkpoints:
             logger.warning("%s", remark)
         if path is None:
             self._went_back_to = manifest.step
-        values = loaded_values(state, tensors, manifest.values)
+        values = loaded_values(state, tensors, found.names.values)
         return Loaded(manifest.step, folder, values, tuple(remarks))
 
-    def _open(
-        self, state: State, path: str | os.PathLike[str] | None
-    ) -> tuple[Path, Manifest, StorageReader, dict[str, Tensor], list[str]]:
+    def _open(self, state: State, path: str | os.PathLike[str] | None) -> _Opened:
         """Find a checkpoint and make sure that ``state`` fits it; nothing is changed yet."""
         if path is None:
             folder, manifest, skipped = layout.newest_valid(self.directory)
+            translated = False
         else:
             folder, skipped = Path(path), []
-            manifest = manifest_of(folder, self.run)
+            found = introduce(folder, self.run)
+            manifest, translated = found.manifest, found.translated
         reader = open_reader(folder, manifest, self.run)
+        remarks = [f"skipped {reason}" for reason in skipped]
         try:
-            tensors = room(state, reader.read_metadata().state_dict_metadata, manifest.values)
+            saved = set(reader.read_metadata().state_dict_metadata)
+            names = Translation(saved, manifest.values)
+            if translated:
+                names = translate(state, saved, manifest.values)
+                remarks += names.remarks()
+            tensors = room(state, names.saved, names.values)
         except CheckpointError as error:
             raise CheckpointError(f"cannot load {folder}", why=error.what) from None
-        return folder, manifest, reader, tensors, [f"skipped {reason}" for reason in skipped]
+        return _Opened(folder, manifest, reader, names, tensors, remarks)
 
     def close(self) -> None:
         """Wait for the last checkpoint and give the directory up.

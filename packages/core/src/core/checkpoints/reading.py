@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from core.checkpoints.convert import detect
 from core.checkpoints.layout import MANIFEST, Manifest
 from core.checkpoints.save import root_cause
+from core.checkpoints.streaming import described
 from core.choice import choose
 from core.errors import CheckpointError
 
@@ -25,15 +27,34 @@ if TYPE_CHECKING:
     from core.run import Run
 
 
-def manifest_of(folder: Path, run: Run) -> Manifest:
-    """The manifest of a checkpoint; one that knows the format only for another program's.
+@dataclass(frozen=True)
+class Introduced:
+    """What is known of a checkpoint before it is read.
+
+    Attributes:
+        manifest: its own; for another program's, what its format says of it.
+        translated: whether its names are those of torch's state dicts, not those of a state.
+    """
+
+    manifest: Manifest
+    translated: bool = False
+
+
+def introduce(folder: Path, run: Run) -> Introduced:
+    """Read what a checkpoint says of itself, or have its format say it.
 
     Raises:
         CheckpointError: when there is nothing, or nothing that a format recognises.
     """
     if (folder / MANIFEST).is_file() or not folder.exists():
-        return Manifest.read(folder)
-    return Manifest(0, detect(folder, run).value.name, 0, {}, {}, {})
+        own = Manifest.read(folder)
+        # No rank has saved what was converted: its format has said this of it.
+        return Introduced(own, translated=not own.world_size)
+    found = detect(folder, run).value
+    said = described(folder, found, run)
+    if said is None:
+        return Introduced(Manifest(0, found.name, 0, {}, {}, {}))
+    return Introduced(said, translated=True)
 
 
 def open_reader(folder: Path, manifest: Manifest, run: Run) -> StorageReader:

@@ -26,3 +26,7 @@ class CheckpointSettings(Settings):
 
     keep: Annotated[int, Ge(0)] = 3
     """How many of the newest checkpoints to keep; 0 keeps all."""
+
+    rules: str = ""
+    """How the parameters of foreign checkpoints are laid out, where the files do not say it: a TOML
+    file, or the name of rules that a plugin brings."""

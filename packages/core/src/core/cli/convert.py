@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from core.cli.options import as_json, make_run, run_options
+from core.cli.progress import bytes_bar
 from core.cli.table import echo_json
 
 
@@ -22,6 +23,11 @@ from core.cli.table import echo_json
     metavar="FORMAT",
     help="Format of SOURCE, where looking does not tell.",
 )
+@click.option(
+    "--rules",
+    metavar="FILE",
+    help="How parameters are laid out in SOURCE; short for --set checkpoint.rules=FILE.",
+)
 @click.option("--skip-objects", is_flag=True, help="Leave out entries that are no tensors.")
 @click.option("--dry-run", is_flag=True, help="Check and print what would be done.")
 @run_options
@@ -33,6 +39,7 @@ def convert(
     target: Path,
     to: str,
     from_format: str,
+    rules: str | None,
     skip_objects: bool,
     dry_run: bool,
     settings: Path | None,
@@ -42,7 +49,7 @@ def convert(
 ) -> None:
     """Convert the checkpoint SOURCE into a new folder TARGET.
 
-    Tensors stream through memory one at a time, and the target appears when it is complete.
+    Memory stays small whatever the size, and the target appears when it is complete.
 
     \b
     Example:
@@ -50,28 +57,28 @@ def convert(
     """
     from core.checkpoints.convert import execute, plan
 
+    if rules is not None:
+        assignments = (*assignments, f"checkpoint.rules={rules}")
     with make_run(ctx, settings, assignments, enable) as run:
-        conversion, reader = plan(
+        conversion = plan(
             source, target, to, run, from_format=from_format, skip_objects=skip_objects
         )
-        described = {
+        work = conversion.work
+        described: dict[str, Any] = {
             "source": str(source),
             "from": conversion.source_format.name,
             "target": str(target),
             "to": conversion.target_format.name,
-            "tensors": len(conversion.tensors),
-            "bytes": conversion.total_bytes,
-            "skipped": list(conversion.skipped),
+            "tensors": work.tensors,
+            "bytes": work.nbytes,
+            "skipped": list(work.skipped),
+            "remarks": list(work.remarks),
+            **work.describe(),
             "done": not dry_run,
         }
         if not dry_run:
-            # Standard output is for the result, which scripts read.
-            with click.progressbar(
-                length=max(1, conversion.total_bytes),
-                label=f"{described['from']} -> {described['to']}",
-                file=sys.stderr,
-            ) as bar:
-                execute(conversion, reader, run, lambda name, size: bar.update(size))
+            with bytes_bar(f"{described['from']} -> {described['to']}", work.nbytes) as advance:
+                execute(conversion, lambda name, size: advance(size))
     if as_json:
         echo_json(described)
         return
@@ -80,3 +87,7 @@ def convert(
     click.echo(
         f"{verb} {target}: {described['tensors']} tensors, {described['bytes']:,} bytes, {how}"
     )
+    for name, value in work.describe().items() if dry_run else ():
+        click.echo(f"  {name}: {value}")
+    for remark in work.remarks:
+        click.echo(f"  note: {remark}")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from core.contributions import ModelFamily
 from core.errors import ModelError, closest
 from core.hooks import Hooks
 
@@ -35,7 +36,8 @@ def build_model(run: Run, name: str, config: Mapping[str, Any]) -> nn.Module:
     family, colon, preset = name.partition(":")
     if not colon:
         return load_model(Path(name))
-    families = {c.value.name: c.value for c in run.plugins.collect(Hooks.core_models)}
+    offered = (c.value for c in run.plugins.collect(Hooks.core_models))
+    families = {value.name: value for value in offered if isinstance(value, ModelFamily)}
     if family not in families:
         known = sorted(families)
         raise ModelError(f"no model family {family!r}" + closest(family, known), fix=_known(known))

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from core.checkpoints.convert import Conversion, execute
 from core.checkpoints.reading import TensorPlanner
+from core.checkpoints.streaming import streamed
 from core.contributions import CheckpointFormat
 from core.errors import CheckpointError, CoreError
 from core.storage import new_folder
@@ -90,12 +91,9 @@ def stream(
         CoreError: when the format refuses the tensors.
         AssertionError: for any other failure.
     """
-    assert read_as.reader is not None
     try:
-        reader = read_as.reader(source, run)
-        tensors: Any = reader.read_metadata().state_dict_metadata
-        reader.set_up_storage_reader(reader.read_metadata(), True)
-        execute(Conversion(source, target, read_as, fmt, tensors, ()), reader, run)
+        work = streamed(source, read_as, fmt, run)
+        execute(Conversion(source, target, read_as, fmt, work))
     except (Exception, CheckpointException) as error:
         raise _clear(error, f"converting to {fmt.name!r}") from error
 

@@ -129,7 +129,8 @@ class Subject:
     @cached_property
     def models(self) -> list[ModelFamily]:
         """Its model families."""
-        return [c.value for c in self.plugins.collect_from([self.name], Hooks.core_models)]
+        offered = self.plugins.collect_from([self.name], Hooks.core_models)
+        return [c.value for c in offered if isinstance(c.value, ModelFamily)]
 
     @cached_property
     def recipes(self) -> list[Recipe | Step]:
