@@ -1,0 +1,1 @@
+"""What a checkpoint holds and where it lies, whoever wrote it: atoms, boxes, pieces, files."""
