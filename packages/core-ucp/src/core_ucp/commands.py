@@ -148,10 +148,10 @@ def diff(left: Path, right: Path, rules: Path | None, as_json: bool) -> None:
 
 
 def _open(path: Path, kind: str, rules: Path | None) -> View:
-    from core_ucp.layout.toml import read_rules
+    from core_ucp.layout.toml import load
     from core_ucp.sources.registry import open_checkpoint
 
-    return open_checkpoint(path, kind, read_rules(rules) if rules else None)
+    return open_checkpoint(path, kind, load(rules) if rules else None)
 
 
 def _facts(view: View) -> dict[str, Any]:

@@ -143,10 +143,10 @@ def rules_of(run: Run) -> Rules | None:
     if not name:
         return None
     from core import Hooks, ParameterRules
-    from core_ucp.layout.toml import read_rules, rules_from
+    from core_ucp.layout.toml import load, rules_from
 
     brought = (c.value for c in run.plugins.collect(Hooks.core_models))
     for found in brought:
         if isinstance(found, ParameterRules) and found.name == name:
             return rules_from(found.tables(), found.name)
-    return read_rules(Path(name))
+    return load(Path(name))

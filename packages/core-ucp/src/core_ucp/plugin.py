@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from core import CheckpointFormat, Hooks, hookimpl, override
+from core import CheckpointFormat, Hooks, Step, hookimpl, override
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.storage import StorageReader
 
-    from core import Converter, Description, Run, Settings
-    from core.contributions import CheckpointContribution
+    from core import Converter, Description, Row, Run, Settings
+    from core.contributions import CheckpointContribution, RecipeContribution
 
 
 class Plugin(Hooks):
@@ -50,6 +50,17 @@ class Plugin(Hooks):
         from core_ucp.commands import ucp
 
         yield ucp
+
+    @override
+    @hookimpl
+    def core_recipes(self) -> Iterable[RecipeContribution]:
+        yield Step(
+            recipe="quickstart",
+            name="elsewhere",
+            summary="Resumes the run on two ranks under FSDP2, and comes back to one process.",
+            main=resume_elsewhere,
+            order=20,
+        )
 
 
 def detect(name: str, path: Path) -> bool:
@@ -86,3 +97,10 @@ def convert(name: str, source: Path, fmt: CheckpointFormat, run: Run) -> Convert
     from core_ucp.conversion import planned
 
     return planned(source, fmt, run, to=name)
+
+
+def resume_elsewhere(run: Run, tour: Any) -> Iterable[Row]:
+    """Go on from the quickstart's checkpoint on other ranks."""
+    from core_ucp.quickstart.step import resume_elsewhere
+
+    return resume_elsewhere(run, tour)

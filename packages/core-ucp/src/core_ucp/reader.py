@@ -96,14 +96,15 @@ class UniversalReader(StorageReader):
             target.device.type == "cpu"
             and target.dtype == atom.dtype
             and target.is_contiguous()
-            and not atom.exponent
+            and atom.exact
         )
-        read = target if direct else torch.empty(target.shape, dtype=atom.dtype)
+        read = target if direct else torch.empty(target.shape, dtype=atom.stored)
         if read.numel():
-            items = np.ndarray(tuple(read.shape), item_type(atom.dtype.itemsize), memory(read))
+            items = np.ndarray(tuple(read.shape), item_type(atom.stored.itemsize), memory(read))
             self.bytes_read += read_box(self.view.files, atom, start, items)
         if not direct:
-            target.copy_(torch.ldexp(read, torch.tensor(atom.exponent)) if atom.exponent else read)
+            scaled = torch.ldexp(read, torch.tensor(atom.exponent)) if atom.exponent else read
+            target.copy_(scaled.to(atom.dtype))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:

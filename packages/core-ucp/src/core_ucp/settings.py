@@ -14,7 +14,7 @@ from core import Settings
 class UcpSettings(Settings):
     """What converted checkpoints look like."""
 
-    stage: Annotated[int, Ge(0), Le(3)] = 1
+    stage: Literal[0, 1, 2, 3] = 1
     """ZeRO stage of a DeepSpeed target."""
 
     world_size: Annotated[int, Ge(1)] = 1
@@ -23,6 +23,12 @@ class UcpSettings(Settings):
     dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
     """Floating point type of the weights of a Hugging Face target, or in which a DeepSpeed target
     trains; ``source`` keeps what the checkpoint has."""
+
+    frozen: tuple[str, ...] = ()
+    """Weights that a DeepSpeed target does not train, where the source does not tell."""
+
+    buffers: tuple[str, ...] = ()
+    """Buffers of the model, where the source does not tell them from frozen weights."""
 
     config: str = ""
     """Folder with ``config.json`` and tokenizer for a Hugging Face target whose source has none."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -78,13 +78,5 @@ def wanted(tensor: torch.Tensor, order: list[int], dtype: torch.dtype | None = N
 
 
 @pytest.fixture
-def by_hand() -> Any:
-    @dataclass
-    class Tools:
-        cuts: Callable[..., Any] = staticmethod(cuts)
-        stored: Callable[..., View] = staticmethod(stored)
-        wanted: Callable[..., Target] = staticmethod(wanted)
-        octets: Callable[..., bytes] = staticmethod(octets)
-        cut: type = Cut
-
-    return Tools()
+def by_hand() -> SimpleNamespace:
+    return SimpleNamespace(cut=Cut, cuts=cuts, stored=stored, wanted=wanted, octets=octets)

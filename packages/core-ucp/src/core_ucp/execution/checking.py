@@ -60,7 +60,7 @@ def _check(view: View, key: str, atom: Atom) -> Literal["ok", "unchecked"]:
     problem = untiled(atom.shape, atom.pieces.boxes)
     if problem:
         raise CheckpointError(f"{view.path} does not hold {key} as a whole", why=problem)
-    view.files.require(key, atom.pieces, atom.dtype.itemsize)
+    view.files.require(key, atom.pieces, atom.stored.itemsize)
     found = digest(view, atom)
     saved = view.digests.get(key)
     if saved is not None and saved != str(found):
@@ -78,18 +78,18 @@ def digest(view: View, atom: Atom) -> Digest:
     """Digest of an atom as it is stored, wherever its pieces lie."""
     total = Digest()
     for start, block in _blocks(view, atom):
-        total += digest_of(block.view(np.uint8), start * atom.dtype.itemsize)
+        total += digest_of(block.view(np.uint8), start * atom.stored.itemsize)
     return total
 
 
 def _blocks(view: View, atom: Atom) -> Iterator[tuple[int, np.ndarray]]:
     """The elements of an atom in row-major order, with the number of the first of each block."""
-    step = max(1, _BLOCK // atom.dtype.itemsize)
+    step = max(1, _BLOCK // atom.stored.itemsize)
     for begin in range(0, atom.numel, step):
         end = min(atom.numel, begin + step)
-        boxes = Pieces.flat(atom.shape, begin, end, 0, 0, atom.dtype.itemsize)
-        block = np.empty(end - begin, item_type(atom.dtype.itemsize))
-        places = boxes.offset // atom.dtype.itemsize
+        boxes = Pieces.flat(atom.shape, begin, end, 0, 0, atom.stored.itemsize)
+        block = np.empty(end - begin, item_type(atom.stored.itemsize))
+        places = boxes.offset // atom.stored.itemsize
         for start, size, place, volume in zip(
             boxes.boxes.start.tolist(),
             boxes.boxes.size.tolist(),
@@ -102,10 +102,10 @@ def _blocks(view: View, atom: Atom) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _require_equal_copies(view: View, key: str, atom: Atom, copies: Pieces) -> None:
-    view.files.require(key, copies, atom.dtype.itemsize)
+    view.files.require(key, copies, atom.stored.itemsize)
     rows = zip(copies.boxes.start.tolist(), copies.boxes.size.tolist(), strict=True)
     for row, (start, size) in enumerate(rows):
-        kind = item_type(atom.dtype.itemsize)
+        kind = item_type(atom.stored.itemsize)
         first, other = np.empty(size, kind), np.empty(size, kind)
         read_box(view.files, atom, start, first)
         read_pieces(view.files, copies.take(np.array([row])), start, other)
@@ -121,7 +121,7 @@ def _require_rounded(view: View, key: str, atom: Atom, twin: Atom) -> None:
     """Make sure that the half-precision copy is the full-precision one, rounded to nearest even."""
     pairs = zip(_blocks(view, atom), _rest(view, twin, atom), strict=True)
     for (begin, block), other in pairs:
-        values = torch.from_numpy(block.view(np.uint8)).view(atom.dtype).to(twin.dtype)
+        values = torch.from_numpy(block.view(np.uint8)).view(atom.stored).to(twin.dtype)
         rounded = values.view(torch.uint8).numpy()
         differ = np.flatnonzero(rounded != other.view(np.uint8))
         if len(differ):
@@ -133,7 +133,7 @@ def _require_rounded(view: View, key: str, atom: Atom, twin: Atom) -> None:
 
 def _rest(view: View, twin: Atom, atom: Atom) -> Iterator[np.ndarray]:
     """Blocks of a twin with as many elements as those of its atom."""
-    step = max(1, _BLOCK // atom.dtype.itemsize)
+    step = max(1, _BLOCK // atom.stored.itemsize)
     flat = np.empty(0, item_type(twin.dtype.itemsize))
     for _, block in _blocks(view, twin):
         flat = np.concatenate([flat, block])

@@ -77,7 +77,7 @@ def _require_as_saved(plan: Plan, found: Mapping[str, Digest]) -> None:
     """Hold what was read against the digests that the source has of itself."""
     for copies in plan.copies:
         key, source = copies.wanted.key, copies.source
-        exact = copies.wanted.atom.dtype == source.dtype and not source.exponent
+        exact = source.exact and copies.wanted.atom.dtype == source.dtype
         saved = plan.view.digests.get(key) if copies.digested and exact else None
         if saved is not None and saved != str(found[key]):
             names = sorted({plan.view.files.names[file] for file in source.pieces.file.tolist()})
@@ -176,19 +176,34 @@ class _Digests:
             self.found[key] += digest
 
 
+class _Memory(threading.local):
+    """Memory of each worker that is used again and again: fresh pages cost as much as a copy."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, NDArray[np.uint8]] = {}
+
+    def octets(self, purpose: str, count: int) -> NDArray[np.uint8]:
+        """Uninitialised bytes that are valid until the same purpose asks again."""
+        kept = self._kept.get(purpose)
+        if kept is None or len(kept) < count:
+            kept = self._kept[purpose] = np.empty(max(count, BLOCK), np.uint8)
+        return kept[:count]
+
+
 @dataclass
 class _Job:
     plan: Plan
     sinks: _Sinks
     digests: _Digests
     progress: Progress | None
+    memory: _Memory = field(default_factory=_Memory)
 
     def do(self, batch: _Batch) -> None:
         name = self.plan.target.files[batch.file].name
         if len(batch.blocks) == 1 and not batch.blocks[0].dense:
             self._scatter(name, batch.blocks[0])
         else:
-            buffer = np.empty(batch.nbytes, np.uint8)
+            buffer = self.memory.octets("new", batch.nbytes)
             for block in batch.blocks:
                 place = block.offset - batch.offset
                 self._fill(block, buffer[place : place + block.nbytes])
@@ -198,7 +213,7 @@ class _Job:
 
     def _scatter(self, name: str, block: _Block) -> None:
         """Write a block whose elements lie apart, run by run."""
-        buffer = np.empty(block.nbytes, np.uint8)
+        buffer = self.memory.octets("new", block.nbytes)
         self._fill(block, buffer)
         atom, blocks = block.copies.wanted.atom, block.copies.blocks
         shape, stride = blocks.boxes.size[block.row].tolist(), blocks.stride[block.row].tolist()
@@ -221,11 +236,13 @@ class _Job:
         start, shape = copies.blocks.boxes.start[row], copies.blocks.boxes.size[row].tolist()
         parts = copies.parts.take(_slice(copies.first, row))
         files, corner = self.plan.view.files, start.tolist()
-        if wanted.dtype == source.dtype and not source.exponent:
-            items: Items = _shaped(into, source.dtype.itemsize, shape)
+        if source.exact and wanted.dtype == source.dtype:
+            items: Items = _shaped(into, source.stored.itemsize, shape)
             read_pieces(files, parts, corner, items)
         else:
-            raw = np.empty(shape, item_type(source.dtype.itemsize))
+            size = source.stored.itemsize
+            kept = self.memory.octets("raw", int(np.prod(shape, dtype=np.int64)) * size)
+            raw = _shaped(kept, size, shape)
             read_pieces(files, parts, corner, raw)
             _convert(raw, source, wanted, into)
         if copies.digested:
@@ -243,10 +260,10 @@ def _shaped(octets: NDArray[np.uint8], itemsize: int, shape: list[int]) -> Items
 
 def _convert(raw: Items, source: Atom, wanted: Atom, into: NDArray[np.uint8]) -> None:
     """Round to the wanted dtype, to nearest even and straight from the source's."""
-    values: Any = torch.from_numpy(raw.reshape(-1).view(np.uint8)).view(source.dtype)
+    values: Any = torch.from_numpy(raw.reshape(-1).view(np.uint8)).view(source.stored)
     if source.exponent:
-        values = torch.ldexp(values, torch.tensor(source.exponent)).to(source.dtype)
-    into[...] = values.to(wanted.dtype).view(torch.uint8).numpy()
+        values = torch.ldexp(values, torch.tensor(source.exponent))
+    into[...] = values.to(source.dtype).to(wanted.dtype).view(torch.uint8).numpy()
 
 
 def _digest(octets: NDArray[np.uint8], atom: Atom, start: Table, shape: list[int]) -> Digest:

@@ -22,7 +22,7 @@ def bytes_per_second(plan: Plan) -> float:
     """
     done, started = 0, time.perf_counter()
     for copies in plan.copies:
-        itemsize = copies.source.dtype.itemsize
+        itemsize = copies.source.stored.itemsize
         starts, sizes = copies.blocks.boxes.start.tolist(), copies.blocks.boxes.size.tolist()
         for row, (start, size) in enumerate(zip(starts, sizes, strict=True)):
             parts = copies.parts.take(np.arange(copies.first[row], copies.first[row + 1]))

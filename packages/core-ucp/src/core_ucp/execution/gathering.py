@@ -87,7 +87,7 @@ def _read(files: Files, file: int, offset: int, stride: list[int], into: Items) 
     run = _run(into.shape, stride, into.itemsize)
     if run == into.nbytes:
         return _read_dense(files, file, offset, into)
-    span = sum((n - 1) * s for n, s in zip(into.shape, stride, strict=True)) + into.itemsize
+    span: int = sum((n - 1) * s for n, s in zip(into.shape, stride, strict=True)) + into.itemsize
     if span <= _SPAN and run < _RUN:
         buffer = np.empty(span, np.uint8)
         files.read_into(file, offset, buffer.data)

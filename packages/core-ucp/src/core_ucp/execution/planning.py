@@ -81,7 +81,7 @@ def _digested(view: View, target: Target) -> set[Wanted]:
     """
     found: dict[str, Wanted] = {}
     for wanted in target.wanted:
-        exact = wanted.key in view.atoms and view.atoms[wanted.key].dtype == wanted.atom.dtype
+        exact = wanted.key in view.atoms and view.atoms[wanted.key].stored == wanted.atom.dtype
         better = wanted.key not in found or (
             exact and found[wanted.key].atom.dtype != wanted.atom.dtype
         )
@@ -93,7 +93,7 @@ def _digested(view: View, target: Target) -> set[Wanted]:
 def _copies(view: View, wanted: Wanted, digested: bool) -> Copies:
     source = _source(view, wanted)
     atom = wanted.atom
-    blocks = _blocks(atom.pieces, max(atom.dtype.itemsize, source.dtype.itemsize))
+    blocks = _blocks(atom.pieces, max(atom.dtype.itemsize, source.stored.itemsize))
     rows, block, common = overlaps(source.pieces.boxes, blocks.boxes)
     missing = int(blocks.boxes.volume.sum() - common.volume.sum())
     if missing:

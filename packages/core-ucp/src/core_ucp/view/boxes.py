@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,35 +115,52 @@ def overlaps(left: Boxes, right: Boxes) -> tuple[Table, Table, Boxes]:
     Returns:
         rows of the left, rows of the right, and the common boxes; sorted by the right row.
     """
-    a, b = _candidates(left, right)
-    start = np.maximum(left.start[a], right.start[b])
-    size = np.minimum(left.end[a], right.end[b]) - start
-    kept = (size > 0).all(axis=1)
-    return a[kept], b[kept], Boxes(start[kept], size[kept])
+    lefts: list[Table] = []
+    rights: list[Table] = []
+    found: list[Boxes] = []
+    for a, b in _candidates(left, right):
+        start = np.maximum(left.start[a], right.start[b])
+        size = np.minimum(left.end[a], right.end[b]) - start
+        kept = (size > 0).all(axis=1)
+        lefts.append(a[kept])
+        rights.append(b[kept])
+        found.append(Boxes(start[kept], size[kept]))
+    return np.concatenate(lefts), np.concatenate(rights), join(found)
 
 
 _DENSE = 4096
 """Pairs that are compared without looking for a better way."""
 
+_AT_ONCE = 2**21
+"""Pairs that are in memory at once, about."""
 
-def _candidates(left: Boxes, right: Boxes) -> tuple[Table, Table]:
+
+def _candidates(left: Boxes, right: Boxes) -> Iterator[tuple[Table, Table]]:
     """Pairs of rows that overlap in the dimension that tells most of them apart."""
     n, m = len(left), len(right)
     dims = left.start.shape[1]
     if n * m <= _DENSE or dims == 0:
         b, a = np.divmod(np.arange(n * m, dtype=np.int64), max(1, n))
-        return a, b
-    dim = max(range(dims), key=lambda d: len(np.unique(left.start[:, d])))
+        yield a, b
+        return
+    # The dimension along which boxes are the shortest, measured by what they span together.
+    first = np.minimum(left.start.min(axis=0), right.start.min(axis=0))
+    span = np.maximum(left.end.max(axis=0), right.end.max(axis=0)) - first
+    mean = left.size.mean(axis=0) + right.size.mean(axis=0)
+    dim = int((mean / np.maximum(span, 1)).argmin())
     order = np.argsort(left.start[:, dim], kind="stable")
     starts = left.start[order, dim]
     furthest = np.maximum.accumulate(left.end[order, dim])
     low = np.searchsorted(furthest, right.start[:, dim], side="right")
     high = np.searchsorted(starts, right.end[:, dim], side="left")
     counts = np.maximum(high - low, 0)
-    b = np.repeat(np.arange(m, dtype=np.int64), counts)
-    within = np.arange(int(counts.sum()), dtype=np.int64)
-    within -= np.repeat(np.cumsum(counts) - counts, counts)
-    return order[low[b] + within].astype(np.int64), b
+    sums = np.cumsum(counts)
+    bounds = np.searchsorted(sums, np.arange(0, max(1, int(sums[-1])), _AT_ONCE), side="left")
+    for begin, end in pairwise([*np.unique(bounds).tolist(), m]):
+        b = np.repeat(np.arange(begin, end, dtype=np.int64), counts[begin:end])
+        within = np.arange(len(b), dtype=np.int64)
+        within -= np.repeat(np.cumsum(counts[begin:end]) - counts[begin:end], counts[begin:end])
+        yield order[low[b] + within].astype(np.int64), b
 
 
 def untiled(shape: Sequence[int], boxes: Boxes) -> str:
@@ -156,18 +174,60 @@ def untiled(shape: Sequence[int], boxes: Boxes) -> str:
         the first hole or overlap in words.
     """
     bounds = np.array(shape, np.int64)
-    outside = ((boxes.start < 0) | (boxes.end > bounds)).any(axis=1)
+    outside = (boxes.start < 0) | (boxes.end > bounds)
     if outside.any():
-        return f"{_words(boxes, int(outside.argmax()))} lies outside of {list(shape)}"
-    filled = boxes.take(boxes.volume > 0)
-    a, b, common = overlaps(filled, filled)
-    twice = a != b
-    if twice.any():
-        return f"{_words(common, int(twice.argmax()))} is there twice"
-    missing = math.prod(shape) - int(filled.volume.sum())
+        row = int(outside.any(axis=1).argmax())
+        return f"{_words(boxes, row)} lies outside of {list(shape)}"
+    volume = boxes.volume
+    filled = boxes if volume.all() else boxes.take(volume > 0)
+    twice = _twice(bounds, filled)
+    if twice is not None:
+        return f"{_words(twice, 0)} is there twice"
+    missing = math.prod(shape) - int(volume.sum())
     if missing:
         return f"{missing:,} of {math.prod(shape):,} elements are missing{_hole(shape, filled)}"
     return ""
+
+
+def _twice(shape: Table, boxes: Boxes) -> Boxes | None:
+    """The first common part of two boxes, none of which is empty, if there is any."""
+    whole = boxes.size == shape
+    cut = ~whole.all(axis=0)
+    if not cut.any() and len(boxes) < 2:
+        return None
+    if _ordered(shape[cut], boxes, cut, whole):
+        return None
+    a, b, common = overlaps(boxes, boxes)
+    twice = np.flatnonzero(a != b)
+    return common.take(twice[:1]) if len(twice) else None
+
+
+def _ordered(shape: Table, boxes: Boxes, cut: NDArray[np.bool_], whole: NDArray[np.bool_]) -> bool:
+    """Whether boxes are ranges of elements one after the other, which is quickly told.
+
+    Dimensions that no box cuts do not matter. What is left is a range of elements where a box is
+    whole behind a dimension and one index thick before it.
+    """
+    dims = len(shape)
+    if not dims:
+        return False
+    start, size = boxes.start[:, cut], boxes.size[:, cut]
+    if dims > 1:
+        thin, whole = size == 1, whole[:, cut]
+        before, behind = np.ones(len(boxes), np.bool_), [np.ones(len(boxes), np.bool_)]
+        for dim in range(dims - 1, 0, -1):
+            behind.append(behind[-1] & whole[:, dim])
+        ranges = np.zeros(len(boxes), np.bool_)
+        for dim in range(dims):
+            ranges |= before & behind[dims - 1 - dim]
+            before &= thin[:, dim]
+        if not ranges.all():
+            return False
+    steps = np.cumprod(np.concatenate([[1], shape[:0:-1]]))[::-1]
+    first = start @ steps
+    last = first + size.prod(axis=1)
+    order = np.argsort(first, kind="stable")
+    return bool((last[order[:-1]] <= first[order[1:]]).all())
 
 
 def _hole(shape: Sequence[int], boxes: Boxes) -> str:

@@ -106,7 +106,7 @@ class Files:
             CheckpointError: when the file ends early, or the disk refuses.
         """
         descriptor, view = self.descriptor(index), buffer.cast("B")
-        with disk_errors(f"cannot read {self.path(index)}"):
+        with disk_errors(f"cannot read {self.folder}/{self.names[index]}"):
             while view:
                 count = os.preadv(descriptor, [view], offset)
                 if count == 0:

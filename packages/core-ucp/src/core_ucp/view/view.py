@@ -26,11 +26,12 @@ class Atom:
 
     Attributes:
         shape: of the whole tensor, without padding.
-        dtype: of its elements as they are stored.
+        dtype: of its elements.
         pieces: boxes that tile it exactly once, and where they lie.
         relation: how a state belongs to its parameter.
         replicas: further copies of boxes of it, which must hold the same bits.
         exponent: its elements are those stored times two to this power.
+        stored_as: dtype in the files, from which elements are rounded; the same unless given.
     """
 
     shape: tuple[int, ...]
@@ -39,6 +40,17 @@ class Atom:
     relation: Relation = "elementwise"
     replicas: Pieces | None = None
     exponent: int = 0
+    stored_as: torch.dtype | None = None
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The dtype in the files."""
+        return self.stored_as or self.dtype
+
+    @property
+    def exact(self) -> bool:
+        """Whether its elements are bit for bit those in the files."""
+        return self.stored == self.dtype and not self.exponent
 
     @property
     def numel(self) -> int:
@@ -122,4 +134,4 @@ class View:
             problem = untiled(atom.shape, atom.pieces.boxes)
             if problem:
                 raise CheckpointError(f"{self.path} does not hold {key} as a whole", why=problem)
-            self.files.require(key, atom.pieces, atom.dtype.itemsize)
+            self.files.require(key, atom.pieces, atom.stored.itemsize)

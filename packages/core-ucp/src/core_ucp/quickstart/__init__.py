@@ -1,0 +1,1 @@
+"""The step of this package in core's quickstart: the run goes on elsewhere, and comes back."""

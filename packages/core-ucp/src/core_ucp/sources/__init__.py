@@ -1,0 +1,1 @@
+"""Checkpoints of others as views: who wrote it, what it holds, where that lies."""

@@ -1,0 +1,337 @@
+"""Keys of others in the form of ours: which part of a saved state is the model, and which is not.
+
+Programs name the parts of a state as they like: ``model.``, ``app.model.``, nothing at all. An
+optimizer is recognised by its ``param_groups`` or by the names of its state tensors, and the model
+by the parameters that the optimizer names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from core.errors import CheckpointError
+from core_ucp.files.trees import Leaves, Path, dotted, nest, number
+from core_ucp.sources.order import names_by_index
+from core_ucp.view.files import Files
+from core_ucp.view.keys import MODEL, bare, extra_key, parse_key, state_key, weight_key
+from core_ucp.view.view import Atom, Relation, Resume
+
+_STATES = {
+    "exp_avg",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "exp_avg_sq_row",
+    "exp_avg_sq_col",
+    "exp_inf",
+    "momentum_buffer",
+    "square_avg",
+    "acc_delta",
+    "sum",
+    "step",
+}
+"""State tensors by which an optimizer is known that comes without its groups."""
+_MODELS = ("model", "module", "state_dict", "model_state_dict", "net", "network", "weights")
+_SCHEDULERS = ("scheduler", "lr_scheduler", "lr_schedulers", "sched")
+_SCALERS = ("scaler", "grad_scaler", "loss_scaler")
+_STEPS = ("step", "global_step", "global_steps", "train_step", "iteration")
+_GROUPS = re.compile(r"(?:^|.*?\.)(?=param_groups(?:\.|$))")
+_STATE = re.compile(r"(?:^|.*?\.)(?=state\..)")
+
+
+@dataclass
+class Arranged:
+    """A saved state in the terms of :class:`core_ucp.view.view.View`."""
+
+    atoms: dict[str, Atom] = field(default_factory=dict)
+    resume: Resume = field(default_factory=Resume)
+    remarks: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Optimizer:
+    """The leaves of one optimizer: tensors by (parameter, state), groups and values by name."""
+
+    states: dict[tuple[str, str], Atom] = field(default_factory=dict)
+    groups: dict[int, dict[str, Any]] = field(default_factory=dict)
+    hyper: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def numbered(self) -> bool:
+        """Whether parameters are numbers and not names."""
+        return bool(self.states) and all(name.isdigit() for name, _ in self.states)
+
+    @property
+    def tells_names(self) -> bool:
+        """Whether its groups name the parameters that they number."""
+        return bool(self.groups) and all("param_names" in group for group in self.groups.values())
+
+
+def arrange(
+    files: Files,
+    leaves: Leaves,
+    *,
+    named: bool = False,
+    weights: bool = False,
+    ordered: bool = True,
+    step: int | None = None,
+) -> Arranged:
+    """Sort the leaves of a saved state into weights, optimizer states, and the rest.
+
+    Args:
+        files: that the atoms refer to.
+        leaves: atoms and plain values by path.
+        named: whether the first word of every key is the name of a part, as in core's own
+            checkpoints.
+        weights: whether all tensors are weights where there is no optimizer.
+        ordered: whether weights come in the order of the model. Where they do not, the states of an
+            optimizer that numbers its parameters cannot be named, and are kept as extra tensors.
+        step: optimizer steps done, where they are known.
+
+    Raises:
+        CheckpointError: when parts cannot be told apart, naming the keys.
+    """
+    paths = {dotted(path): path for path in leaves}
+    if len(paths) != len(leaves):
+        raise CheckpointError(
+            "two entries have the same name", why="their dots cannot be told apart"
+        )
+    flat = {key: leaves[path] for key, path in paths.items()}
+    roots = _roots(flat)
+    optimizers = {root: _Optimizer() for root in roots}
+    rest: dict[str, Any] = {}
+    for key, leaf in flat.items():
+        root = next((r for r in roots if _belongs(key, r)), None)
+        if root is None:
+            rest[key] = leaf
+        else:
+            _sort_in(files, optimizers[root], key.removeprefix(root), leaf)
+    tensors = {key: leaf for key, leaf in rest.items() if isinstance(leaf, Atom)}
+    bare_names = weights and not optimizers
+    prefix = "" if bare_names else _model(tensors, paths, optimizers.values(), named)
+    found = Arranged()
+    model = _weights(found, tensors, prefix)
+    for root, optimizer in optimizers.items():
+        if optimizer.numbered and not (ordered or optimizer.tells_names):
+            _keep(found, root, optimizer)
+        else:
+            _add(found, optimizer, model)
+    values = [(paths[key], leaf) for key, leaf in rest.items() if not isinstance(leaf, Atom)]
+    found.resume = _resume(files, found, nest(values), step)
+    return found
+
+
+def _roots(flat: Mapping[str, Any]) -> list[str]:
+    """Prefixes of the optimizers, the longest first."""
+    found = {match.group() for key in flat if (match := _GROUPS.match(key))}
+    for key, leaf in flat.items():
+        match = _STATE.match(key)
+        if match and isinstance(leaf, Atom) and key.rpartition(".")[2] in _STATES:
+            found.add(match.group())
+    return sorted(found, key=len, reverse=True)
+
+
+def _belongs(key: str, root: str) -> bool:
+    rest = key.removeprefix(root)
+    return key.startswith(root) and (
+        rest.startswith(("state.", "param_groups.")) or rest == "param_groups"
+    )
+
+
+def _sort_in(files: Files, optimizer: _Optimizer, key: str, leaf: Any) -> None:
+    """Put a leaf where it belongs in an optimizer."""
+    section, _, rest = key.partition(".")
+    parameter, _, name = rest.rpartition(".")
+    if section == "state":
+        if isinstance(leaf, Atom):
+            optimizer.states[parameter, name] = leaf
+        else:
+            optimizer.hyper.setdefault(parameter, {})[name] = leaf
+        return
+    if section == key:
+        optimizer.groups |= dict(enumerate(leaf))
+        return
+    value = number(files, leaf) if isinstance(leaf, Atom) else leaf
+    if parameter.isdigit():
+        optimizer.groups.setdefault(int(parameter), {})[name] = value
+    else:
+        optimizer.hyper.setdefault(parameter, {})[name] = value
+
+
+def _model(
+    tensors: Mapping[str, Atom],
+    paths: Mapping[str, Path],
+    optimizers: Iterable[_Optimizer],
+    named: bool,
+) -> str | None:
+    """Prefix of the model's keys, or ``None`` where an optimizer comes without its model."""
+    stepped = {bare(name) for o in optimizers if not o.numbered for name, _ in o.states}
+    if stepped:
+        one, known = min(stepped), {bare(key) for key in tensors}
+        ends = {key.removesuffix(one) for key in known if key.endswith(one)}
+        fitting = [
+            prefix
+            for prefix in sorted(ends, key=len)
+            if prefix[-1:] in ("", ".") and all(prefix + name in known for name in stepped)
+        ]
+        return fitting[0] if fitting else None
+    if named:
+        sections = Counter(key.partition(".")[0] + "." for key in tensors)
+        sections.pop("rng.", None)
+    else:
+        sections = Counter(dotted((*paths[key][:-1], "")) for key in tensors)
+    models = [s for s in sections if s.rstrip(".").rpartition(".")[2] in _MODELS]
+    return max(models or sections, key=lambda section: sections[section], default="")
+
+
+def _weights(found: Arranged, tensors: Mapping[str, Atom], prefix: str | None) -> dict[str, Atom]:
+    """Name the weights, and return them by parameter name."""
+    if prefix is None:
+        found.remarks.append("the weights that the optimizer steps are not here")
+        found.atoms |= {extra_key(key): atom for key, atom in tensors.items()}
+        return {}
+    inside = {key.removeprefix(prefix): a for key, a in tensors.items() if key.startswith(prefix)}
+    names = {name: bare(name) for name in inside}
+    if len({*names.values()}) < len(names):
+        found.remarks.append("names of wrappers are kept, without them names would be the same")
+        names = {name: name for name in inside}
+    model = {names[name]: atom for name, atom in inside.items()}
+    found.atoms |= {weight_key(name): atom for name, atom in model.items()}
+    found.atoms |= {extra_key(k): a for k, a in tensors.items() if not k.startswith(prefix)}
+    return model
+
+
+def _keep(found: Arranged, root: str, optimizer: _Optimizer) -> None:
+    """Keep states that nobody can name."""
+    for (index, state), atom in optimizer.states.items():
+        found.atoms[extra_key(f"{root}state.{index}.{state}")] = atom
+    found.remarks.append(
+        f"{root}state is kept under the numbers of its parameters: the weights are not stored in the"
+        " order of the model, and names cannot be told"
+    )
+
+
+def _add(found: Arranged, optimizer: _Optimizer, model: Mapping[str, Atom]) -> None:
+    """Add the states of an optimizer, and the hyper-parameters of its groups by name."""
+    groups = [optimizer.groups[index] for index in sorted(optimizer.groups)]
+    names: dict[str, str]
+    if optimizer.numbered:
+        by_index = names_by_index(groups, _shapes(optimizer), _parameters(model))
+        names = {str(index): _known(name, model) for index, name in by_index.items()}
+        found.remarks.append("the optimizer's numbers were matched with names by order and shape")
+    else:
+        names = {name: _known(name, model) for name, _ in optimizer.states}
+    for (name, state), atom in optimizer.states.items():
+        key = state_key(names.get(name, name), state)
+        if key in found.atoms:
+            raise CheckpointError(f"two optimizers have {key}")
+        weight = model.get(names.get(name, name))
+        found.atoms[key] = dataclasses.replace(atom, relation=relation(atom, weight))
+    hyper = {name: dict(values) for name, values in found.resume.hyper.items()}
+    for group in groups:
+        values = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        for name in group.get("params", []):
+            hyper.setdefault(names.get(str(name), _known(str(name), model)), {}).update(values)
+    for name, values in optimizer.hyper.items():
+        hyper.setdefault(names.get(name, _known(name, model)), {}).update(values)
+    found.resume = dataclasses.replace(found.resume, hyper=hyper)
+
+
+def _parameters(model: Mapping[str, Atom]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights, of tied ones only the first."""
+    first: dict[Any, str] = {}
+    for name, atom in model.items():
+        first.setdefault(_place(atom) if atom.numel else name, name)
+    return {name: model[name].shape for name in first.values()}
+
+
+def _place(atom: Atom) -> tuple[Any, ...]:
+    """What tensors have in common that share their bytes."""
+    table = atom.pieces
+    places = (table.boxes.start, table.file, table.offset, table.stride)
+    return (atom.shape, atom.dtype, *(column.tobytes() for column in places))
+
+
+def _known(name: str, model: Mapping[str, Atom]) -> str:
+    """A parameter's name as the model has it."""
+    return name if name in model else bare(name)
+
+
+def _shapes(optimizer: _Optimizer) -> dict[int, tuple[int, ...]]:
+    """Shapes of parameters by number, as their states show them."""
+    whole = {"exp_avg", "momentum_buffer", "square_avg", "sum", "exp_avg_sq"}
+    found: dict[int, tuple[int, ...]] = {}
+    for (name, state), atom in optimizer.states.items():
+        if state in whole or (int(name) not in found and atom.shape):
+            found[int(name)] = atom.shape
+    return found
+
+
+def relation(state: Atom, weight: Atom | None) -> Relation:
+    """How a state belongs to its weight, as far as shape and dtype tell."""
+    if state.numel == 1 and (weight is None or weight.shape != state.shape):
+        return "scalar"
+    if weight is None or state.shape == weight.shape:
+        return "opaque" if state.dtype == torch.uint8 else "elementwise"
+    remaining = iter(weight.shape)
+    inside = all(size in remaining for size in state.shape)
+    return "reduced" if inside and state.dtype.is_floating_point else "opaque"
+
+
+def _resume(files: Files, found: Arranged, values: Any, known: int | None) -> Resume:
+    client: dict[str, Any] = values if isinstance(values, dict) else {}
+    scheduler = _section(client, _SCHEDULERS)
+    scaler = _section(client, _SCALERS)
+    kept = {k: v for k, v in client.items() if k not in (*_SCHEDULERS, *_SCALERS)}
+    counted = (client[name] for name in _STEPS if isinstance(client.get(name), int))
+    step = next(counted, None) if known is None else known
+    if step is None:
+        step = _steps(files, found.atoms.items())
+    return dataclasses.replace(
+        found.resume, step=step, scheduler=scheduler, scaler=scaler, client=kept
+    )
+
+
+def _section(client: Mapping[str, Any], names: Sequence[str]) -> Mapping[str, Any]:
+    found: Any = next((client[name] for name in names if name in client), {})
+    if isinstance(found, list) and len(found) == 1:
+        (found,) = found
+    return found if isinstance(found, Mapping) else {"state": found}
+
+
+def _steps(files: Files, atoms: Iterable[tuple[str, Atom]]) -> int | None:
+    """Steps that the optimizer has counted for the first parameter that it has stepped."""
+    for key, atom in atoms:
+        if key.startswith("optim.") and key.endswith(".step") and math.prod(atom.shape) == 1:
+            return int(number(files, atom))
+    return None
+
+
+def tied(atoms: Mapping[str, Atom]) -> tuple[dict[str, Atom], dict[str, str]]:
+    """Weights that share their bytes, as one atom and aliases.
+
+    The owner is the one that an optimizer knows, or the first.
+
+    Returns:
+        the atoms without the aliases, and the owners by alias.
+    """
+    stepped = {part.parameter for key in atoms if (part := parse_key(key)) and part.state}
+    sharing: dict[tuple[Any, ...], list[str]] = {}
+    for key, atom in atoms.items():
+        if key.startswith(MODEL) and atom.numel:
+            sharing.setdefault(_place(atom), []).append(key)
+    aliases: dict[str, str] = {}
+    for keys in sharing.values():
+        names = [key.removeprefix(MODEL) for key in keys]
+        owner = next((name for name in names if name in stepped), names[0])
+        aliases |= {name: owner for name in names if name != owner}
+    gone = {weight_key(name) for name in aliases}
+    kept = {key: atom for key, atom in atoms.items() if key not in gone}
+    return kept, aliases
