@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import struct
 from functools import cache
@@ -15,6 +16,12 @@ _STATX_SIZE = 256
 _DIO_ALIGN_AT = 152
 _AT_FDCWD = -100
 _START_WRITING = 2
+_MADV_POPULATE_WRITE = 23
+_MADV_COLLAPSE = 25
+_MAP_PRIVATE_ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+_MAP_FIXED = 0x10
+_PROT_NONE = 0
+HUGE_PAGE = 2 * 2**20
 
 
 def direct_io_alignment(path: Path) -> tuple[int, int] | None:
@@ -65,6 +72,49 @@ def start_writing(descriptor: int, offset: int, length: int) -> None:
         ctypes.c_int64(length),
         _START_WRITING,
     )
+
+
+def use_huge_pages(descriptor: int, size: int) -> bool:
+    """Touch the memory of a ``memfd`` and have it consist of huge pages.
+
+    Direct I/O takes a huge page as one piece: the same bytes cost a third of the processor time
+    and a few interrupts. Most systems offer none for shared memory by themselves. On request
+    Linux 6.1 makes them where a mapping is aligned to them, and they stay when it is gone. That
+    takes no longer than the first touch of small pages, which it replaces.
+
+    Args:
+        descriptor: the file.
+        size: bytes, a multiple of :data:`HUGE_PAGE`.
+
+    Returns:
+        whether the kernel did it.
+    """
+    reserved = _map(None, size + HUGE_PAGE, _PROT_NONE, _MAP_PRIVATE_ANONYMOUS, -1)
+    if reserved is None:
+        return False
+    aligned = -(-reserved // HUGE_PAGE) * HUGE_PAGE
+    access = mmap.PROT_READ | mmap.PROT_WRITE
+    try:
+        return (
+            _map(aligned, size, access, mmap.MAP_SHARED | _MAP_FIXED, descriptor) is not None
+            and _advise(aligned, size, _MADV_POPULATE_WRITE)
+            and _advise(aligned, size, _MADV_COLLAPSE)
+        )
+    finally:
+        _call("munmap", ctypes.c_void_p(reserved), ctypes.c_size_t(size + HUGE_PAGE))
+
+
+def _map(address: int | None, size: int, access: int, flags: int, descriptor: int) -> int | None:
+    """Address of a new mapping, or ``None`` where the kernel refuses."""
+    function = _libc().mmap
+    function.restype = ctypes.c_void_p
+    place, nothing = ctypes.c_void_p(address), ctypes.c_int64(0)
+    found = function(place, ctypes.c_size_t(size), access, flags, descriptor, nothing)
+    return None if found == ctypes.c_void_p(-1).value else int(found)
+
+
+def _advise(address: int, size: int, advice: int) -> bool:
+    return _call("madvise", ctypes.c_void_p(address), ctypes.c_size_t(size), advice) == 0
 
 
 @cache

@@ -12,7 +12,7 @@ import errno
 import fcntl
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -201,9 +201,11 @@ class NewFile:
                 os.ftruncate(self._descriptor, self._padded)
 
     def _in_threads(
-        self, work: Callable[[tuple[int, int]], None], cells: Iterator[tuple[int, int]]
+        self, work: Callable[[tuple[int, int]], None], cells: Iterable[tuple[int, int]]
     ) -> None:
         """Work on all cells; the first error stops every thread and is raised."""
+        found = list(cells)
+        waiting = iter(found)
         taking = threading.Lock()
         errors: list[BaseException] = []
 
@@ -211,14 +213,14 @@ class NewFile:
             try:
                 while not errors:
                     with taking:
-                        cell = next(cells, None)
+                        cell = next(waiting, None)
                     if cell is None:
                         return
                     work(cell)
             except BaseException as error:
                 errors.append(error)
 
-        more = 0 if self.size <= self.options.chunk else self.options.threads - 1
+        more = max(0, min(self.options.threads, len(found)) - 1)
         # No executor: it takes no work while the interpreter ends, and a write may be under way.
         helpers = [threading.Thread(target=run) for _ in range(more)]
         started: list[threading.Thread] = []
@@ -326,9 +328,10 @@ class NewFile:
 
     def _give_up_direct(self, reason: str) -> None:
         with self._lock:
-            self._direct = self.written.direct = False
             flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
             fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~direct_flag())
+            # Not before: for a thread that sees this, a refusal is an error.
+            self._direct = self.written.direct = False
         refused(self.path.parent, reason)
 
     def _up(self, offset: int) -> int:

@@ -94,21 +94,18 @@ class Pieces:
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self._pieces = [piece for piece in pieces if piece.source.nbytes]
-        end = 0
-        for piece in self._pieces:
+        self._ends = [piece.end for piece in self._pieces]
+        for piece, end in zip(self._pieces, [0, *self._ends], strict=False):
             if piece.offset < end:
                 raise ValueError(f"a piece at {piece.offset} overlaps one that ends at {end}")
-            end = piece.end
-        self.end = end
-        self._offsets = [piece.offset for piece in self._pieces]
+        self.end = self._ends[-1] if self._ends else 0
 
     def within(self, begin: int, end: int) -> Iterator[Piece]:
         """The pieces with bytes in a range, in order."""
-        index = max(0, bisect_right(self._offsets, begin) - 1)
-        while index < len(self._pieces) and self._pieces[index].offset < end:
-            if self._pieces[index].end > begin:
-                yield self._pieces[index]
-            index += 1
+        for index in range(bisect_right(self._ends, begin), len(self._pieces)):
+            if self._pieces[index].offset >= end:
+                return
+            yield self._pieces[index]
 
     def gather(self, begin: int, end: int, into: memoryview) -> None:
         """Copy the bytes of a range of the file, zeros where no piece is."""

@@ -136,9 +136,10 @@ class DirectFile:
 
     def _give_up_direct(self) -> None:
         """After a refusal, or where a file's last bytes are no whole block on this mount."""
-        self._direct = False
         flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
         fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~direct_flag())
+        # Not before: for a thread that sees this, a refusal is an error.
+        self._direct = False
 
     def _up(self, offset: int) -> int:
         return -(-offset // self._block) * self._block

@@ -16,6 +16,7 @@ from typing import Any
 
 from core.errors import CheckpointError
 from core_fastpersist.direct.digests import Digests
+from core_fastpersist.direct.kernel import HUGE_PAGE, use_huge_pages
 from core_fastpersist.direct.memory import address, shared_pages
 from core_fastpersist.direct.newfile import WriteOptions
 from core_fastpersist.direct.pieces import Piece
@@ -32,13 +33,16 @@ class SharedArena:
     """
 
     def __init__(self, size: int) -> None:
-        self.size = max(size, 1)
+        huge = size >= HUGE_PAGE
+        self.size = -(-size // HUGE_PAGE) * HUGE_PAGE if huge else max(size, 1)
         self.descriptor = os.memfd_create("core-fastpersist", os.MFD_CLOEXEC)
         try:
             os.ftruncate(self.descriptor, self.size)
+            if huge:
+                use_huge_pages(self.descriptor, self.size)
             self.view = shared_pages(self.descriptor, self.size)
         except BaseException:
-            os.close(self.descriptor)
+            self.close()
             raise
         self.address = address(self.view)
 
