@@ -26,7 +26,7 @@ os.environ.setdefault("UV_COMPILE_BYTECODE", "1")
 nox.needs_version = ">=2025.5"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "typecheck", "tests"]
+nox.options.sessions = ["lint", "typecheck", "foreign", "tests"]
 
 
 def group(*names: str) -> list[str]:
@@ -65,6 +65,13 @@ def tests(session: nox.Session) -> None:
     """Run all tests in one environment with all packages; they build the documentation too."""
     install_all(session, "test", "types", "docs")
     session.run("pytest", *session.posargs)
+
+
+@nox.session
+def foreign(session: nox.Session) -> None:
+    """Run the tests of checkpoints that DeepSpeed and Megatron write and read, with those installed."""
+    install_all(session, "test", "foreign")
+    session.run("pytest", "integration_tests/ucp", *session.posargs)
 
 
 @nox.session(requires=["wheels"], reuse_venv=False)

@@ -34,9 +34,9 @@ def size_of(saved: Any) -> int:
     ("case", "world"),
     [
         (SINGLE, 2),
-        pytest.param(SINGLE, 3, marks=pytest.mark.slow),
-        pytest.param(SINGLE, 1, marks=pytest.mark.slow),
-        pytest.param(HALF, 2, marks=pytest.mark.slow),
+        pytest.param(SINGLE, 3, marks=pytest.mark.nightly),
+        pytest.param(SINGLE, 1, marks=pytest.mark.nightly),
+        pytest.param(HALF, 2, marks=pytest.mark.nightly),
         (HALF, 3),
     ],
     ids=lambda value: getattr(value, "name", value),

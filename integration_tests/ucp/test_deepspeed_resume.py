@@ -77,7 +77,7 @@ SLOW = (
 
 CHANGES = [
     *(pytest.param(change, id=str(change)) for change in QUICK),
-    *(pytest.param(change, id=str(change), marks=pytest.mark.slow) for change in SLOW),
+    *(pytest.param(change, id=str(change), marks=pytest.mark.nightly) for change in SLOW),
 ]
 
 

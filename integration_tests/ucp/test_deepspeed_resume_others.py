@@ -32,7 +32,7 @@ PRECISIONS = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("change", PRECISIONS, ids=str)
 def test_a_run_goes_on_in_another_precision(change: Change, lab: Lab, tmp_path: Path) -> None:
     saved = lab.saved(SOURCES[change.source])
@@ -104,7 +104,7 @@ def test_a_run_of_torch_goes_on_in_deepspeed(lab: Lab, tmp_path: Path, stage: in
     assert resumed.losses == pytest.approx(saved.facts["continued"], rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("world", [2, 3])
 def test_the_optimizer_that_sums_gradients_in_full_precision_takes_the_files(
     lab: Lab, tmp_path: Path, world: int
@@ -118,7 +118,7 @@ def test_the_optimizer_that_sums_gradients_in_full_precision_takes_the_files(
     assert resumed.losses == pytest.approx(saved.facts["continued"], rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_empty_weight_is_named_where_the_optimizer_is_that_of_torch(
     lab: Lab, tmp_path: Path
 ) -> None:

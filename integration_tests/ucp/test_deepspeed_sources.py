@@ -14,7 +14,7 @@ from core_ucp.view.view import View
 
 ALL = [
     *(pytest.param(case, id=case.name) for case in FAST),
-    *(pytest.param(case, id=case.name, marks=pytest.mark.slow) for case in SLOW),
+    *(pytest.param(case, id=case.name, marks=pytest.mark.nightly) for case in SLOW),
 ]
 
 
@@ -72,7 +72,7 @@ def test_everything_else(case: Case, lab: Lab) -> None:
 @pytest.mark.parametrize(
     "name",
     ["zero1-dp2", "zero2-round-robin", "zero3-dp2", "stage0-fp32"]
-    + [pytest.param(name, marks=pytest.mark.slow) for name in ("zero3-fp16", "stage0-fp16")],
+    + [pytest.param(name, marks=pytest.mark.nightly) for name in ("zero3-fp16", "stage0-fp16")],
 )
 def test_settings_are_those_of_each_parameter(name: str, lab: Lab) -> None:
     saved = lab.saved(CASES[name])
@@ -88,7 +88,7 @@ def test_settings_are_those_of_each_parameter(name: str, lab: Lab) -> None:
         assert "params" not in hyper[parameter]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_skipped_steps_are_no_steps_of_the_optimizer(lab: Lab) -> None:
     view = open_view(lab.saved(CASES["zero1-overflow"]).folder)
     skipped = view.resume.counters["skipped_steps"]

@@ -30,7 +30,7 @@ SLOW = (
 
 
 @pytest.mark.parametrize(
-    "name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+    "name", [*FAST, *(pytest.param(name, marks=pytest.mark.nightly) for name in SLOW)]
 )
 def test_it_is_the_same_as_the_checkpoint(name: str, lab: Lab) -> None:
     case = CASES[name]
@@ -64,9 +64,9 @@ def test_weights_that_the_converter_has_confused_are_refused(lab: Lab) -> None:
     [
         ("stage0-fp32", "optim_states.pt"),
         ("moe", "invalid for input of size"),
-        pytest.param("zero1-sgd", "exp_avg", marks=pytest.mark.slow),
-        pytest.param("zero3-sgd", "exp_avg", marks=pytest.mark.slow),
-        pytest.param("moe-dp4", "invalid for input of size", marks=pytest.mark.slow),
+        pytest.param("zero1-sgd", "exp_avg", marks=pytest.mark.nightly),
+        pytest.param("zero3-sgd", "exp_avg", marks=pytest.mark.nightly),
+        pytest.param("moe-dp4", "invalid for input of size", marks=pytest.mark.nightly),
     ],
 )
 def test_where_the_converter_fails_we_read_the_checkpoint(name: str, reason: str, lab: Lab) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,10 +37,10 @@ class Plugin(Hooks):
             yield CheckpointFormat(
                 name=name,
                 summary=summary,
-                detect=partial(detect, name) if readable else nobody,
-                reader=partial(reader, name) if readable else None,
-                describe=partial(describe, name) if readable else None,
-                convert=partial(convert, name) if made else None,
+                detect=Detect(name) if readable else nobody,
+                reader=Read(name) if readable else None,
+                describe=Describe(name) if readable else None,
+                convert=Convert(name) if made else None,
                 extends=extends,
             )
 
@@ -63,40 +63,60 @@ class Plugin(Hooks):
         )
 
 
-def detect(name: str, path: Path) -> bool:
-    """Whether a path holds a kind of checkpoint."""
-    from core_ucp.sources.registry import named
+@dataclass(frozen=True)
+class Detect:
+    """Whether a path holds the kind of checkpoint ``name``."""
 
-    source = named(name)
-    return source is not None and source.detect(path)
+    name: str
+
+    def __call__(self, path: Path) -> bool:
+        from core_ucp.sources.registry import named
+
+        source = named(self.name)
+        return source is not None and source.detect(path)
+
+
+@dataclass(frozen=True)
+class Read:
+    """Reads the kind of checkpoint ``name`` without converting it."""
+
+    name: str
+
+    def __call__(self, path: Path, run: Run) -> StorageReader:
+        from core_ucp.conversion import opened
+        from core_ucp.reader import UniversalReader
+
+        return UniversalReader(opened(path, self.name, run))
+
+
+@dataclass(frozen=True)
+class Describe:
+    """Tells step and plain values of the kind of checkpoint ``name``."""
+
+    name: str
+
+    def __call__(self, path: Path, run: Run) -> Description:
+        from core_ucp.conversion import opened
+        from core_ucp.resuming import description
+
+        return description(opened(path, self.name, run))
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Plans a conversion to the kind of checkpoint ``name``."""
+
+    name: str
+
+    def __call__(self, source: Path, fmt: CheckpointFormat, run: Run) -> Converter:
+        from core_ucp.conversion import planned
+
+        return planned(source, fmt, run, to=self.name)
 
 
 def nobody(path: Path) -> bool:
     """Recognise nothing: what is only made is read by a format of core."""
     return False
-
-
-def reader(name: str, path: Path, run: Run) -> StorageReader:
-    """Read a checkpoint without converting it."""
-    from core_ucp.conversion import opened
-    from core_ucp.reader import UniversalReader
-
-    return UniversalReader(opened(path, name, run))
-
-
-def describe(name: str, path: Path, run: Run) -> Description:
-    """Step and plain values of a checkpoint."""
-    from core_ucp.conversion import opened
-    from core_ucp.resuming import description
-
-    return description(opened(path, name, run))
-
-
-def convert(name: str, source: Path, fmt: CheckpointFormat, run: Run) -> Converter:
-    """Plan a conversion."""
-    from core_ucp.conversion import planned
-
-    return planned(source, fmt, run, to=name)
 
 
 def resume_elsewhere(run: Run, tour: Any) -> Iterable[Row]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -77,9 +76,9 @@ class Manifest:
         """Write and sync it in ``folder``."""
         content: dict[str, Any] = {"format": "core-ucp", "version": [MAJOR, MINOR]}
         content |= _adapter().dump_python(self, mode="json")
-        text = json.dumps({**content, _CHECK: _digest(content)}, indent=1)
+        text = json.dumps(content, indent=1).removesuffix("\n}").encode()
         with disk_errors(f"cannot write {folder / NAME}"):
-            sync_file(folder / NAME, text.encode())
+            sync_file(folder / NAME, text + _ending(text))
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -95,11 +94,12 @@ class Manifest:
             text = path.read_bytes()
         try:
             content: Any = json.loads(text)
-            check = content.pop(_CHECK)
-            _require_version(path, content["version"])
-            if check != _digest(content):
+            _require_version(path, content.pop("version"))
+            del content["format"], content[_CHECK]
+            # What comes before the check is what it covers, byte by byte.
+            size = len(text) - len(_ending(b""))
+            if text[size:] != _ending(text[:size]):
                 raise ValueError("it is not as it was written")
-            del content["version"], content["format"]
             return _adapter().validate_python(content)
         except ValidationError as error:
             first = error.errors()[0]
@@ -124,8 +124,9 @@ def _require_version(path: Path, version: Any) -> None:
         )
 
 
-def _digest(content: Mapping[str, Any]) -> str:
-    return head_digest(json.dumps(content).encode())
+def _ending(text: bytes) -> bytes:
+    """The last lines of a manifest: the digest of all bytes before them."""
+    return f',\n "{_CHECK}": "{head_digest(text)}"\n}}'.encode()
 
 
 def _adapter() -> TypeAdapter[Manifest]:

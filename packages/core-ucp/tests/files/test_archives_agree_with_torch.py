@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from core_ucp.files.archives import is_archive, read_archive
+from core_ucp.files.archives import holds_mapping, read_archive
 from core_ucp.files.pickles import Inert, Located
 from core_ucp.view.files import Files
 
@@ -117,7 +117,7 @@ def test_trees(tree: Any, protocol: int, tmp_path: Path) -> None:
     torch.save(tree, tmp_path / "a.pt", pickle_protocol=protocol)
     files = Files(tmp_path)
     assert_same(files, read_archive(files, "a.pt"), tree)
-    assert is_archive(tmp_path / "a.pt")
+    assert holds_mapping(tmp_path / "a.pt")
 
 
 def test_tensors_that_share_memory_share_a_storage(tmp_path: Path) -> None:

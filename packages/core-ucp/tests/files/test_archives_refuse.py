@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from core.errors import CheckpointError
-from core_ucp.files.archives import is_archive, read_archive
+from core_ucp.files.archives import holds_mapping, read_archive
 from core_ucp.view.files import Files
 
 TREE = {"w": torch.arange(6.0).view(2, 3), "n": {"lr": 0.1, "b": torch.ones(4, dtype=torch.int8)}}
@@ -98,8 +98,8 @@ def test_files_before_zip_archives(tmp_path: Path) -> None:
     content = saved(TREE, _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match=r"file\.pt is no archive of torch\.save"):
         opened(tmp_path, content)
-    assert not is_archive(tmp_path / "file.pt")
-    assert not is_archive(tmp_path / "none")
+    assert not holds_mapping(tmp_path / "file.pt")
+    assert not holds_mapping(tmp_path / "none")
 
 
 def test_compressed_entries(tmp_path: Path) -> None:
@@ -203,3 +203,19 @@ def test_flipped_bits_never_move_a_tensor(
     expected = opened(folder, CONTENT)
     with contextlib.suppress(CheckpointError):
         assert opened(folder, bytes(content)) == expected
+
+
+def test_no_bit_of_the_header_of_a_storage_moves_it(tmp_path: Path) -> None:
+    expected = opened(tmp_path, CONTENT)
+    with zipfile.ZipFile(io.BytesIO(CONTENT)) as archive:
+        begin = next(e.header_offset for e in archive.infolist() if e.filename.endswith("data/1"))
+    refused = 0
+    for at in range(begin, begin + 40):
+        for bit in range(8):
+            content = bytearray(CONTENT)
+            content[at] ^= 1 << bit
+            try:
+                assert opened(tmp_path, bytes(content)) == expected
+            except CheckpointError:
+                refused += 1
+    assert refused > 100

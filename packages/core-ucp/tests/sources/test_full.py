@@ -87,6 +87,30 @@ def test_numbers_that_could_mean_several_parameters_are_refused(tmp_path: Path) 
         open_view(tmp_path / "run.pt")
 
 
+def test_an_optimizer_without_states(tmp_path: Path, same_bits: SameBits) -> None:
+    """SGD without momentum keeps nothing but its settings."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(state, tmp_path / "run.pt")
+    view = open_view(tmp_path / "run.pt")
+    same_bits(view, {f"model.{key}": tensor for key, tensor in model.state_dict().items()})
+    assert {name: hyper["lr"] for name, hyper in view.resume.hyper.items()} == {
+        "weight": 0.3,
+        "bias": 0.3,
+    }
+
+
+def test_settings_that_nobody_can_name_are_remarked(tmp_path: Path) -> None:
+    model = nn.ParameterDict({"a": torch.ones(2), "b": torch.ones(2)})
+    optimizer = torch.optim.SGD([{"params": [model["b"]]}, {"params": [model["a"]]}], lr=0.3)
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(state, tmp_path / "run.pt")
+    view = open_view(tmp_path / "run.pt")
+    assert view.resume.hyper == {}
+    assert any("hyper-parameters are left out" in remark for remark in view.remarks)
+
+
 def test_names_in_the_groups(tmp_path: Path, same_bits: SameBits) -> None:
     model, optimizer = trained(lambda model: list(model.named_parameters())[::-1])
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from core.errors import CheckpointError
 from core_ucp.execution.apart import require_apart
 from core_ucp.targets.target import Target, Wanted
-from core_ucp.view.boxes import Boxes, Table, overlaps, untiled
+from core_ucp.view.boxes import Boxes, Table, covers, overlaps, untiled
 from core_ucp.view.pieces import Pieces
 from core_ucp.view.view import Atom, View
 
@@ -94,6 +94,12 @@ def _copies(view: View, wanted: Wanted, digested: bool) -> Copies:
     source = _source(view, wanted)
     atom = wanted.atom
     blocks = _blocks(atom.pieces, max(atom.dtype.itemsize, source.stored.itemsize))
+    if covers(blocks.boxes, atom.shape):
+        # One block of the whole: all pieces of the source are its parts, as they are.
+        parts = source.pieces.take(source.pieces.boxes.volume > 0)
+        first = np.array([0, len(parts)], np.int64)
+        dense = dense_rows(blocks, atom.dtype.itemsize)
+        return Copies(wanted, source, blocks, parts, first, dense, digested)
     rows, block, common = overlaps(source.pieces.boxes, blocks.boxes)
     missing = int(blocks.boxes.volume.sum() - common.volume.sum())
     if missing:

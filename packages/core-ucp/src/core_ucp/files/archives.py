@@ -25,16 +25,24 @@ _HEADER = 30
 _USUAL_HEADER = 256
 """Bytes that are read of a header at first, with its name and what pads it."""
 _MAGIC = b"PK\x03\x04"
+_MAPPINGS = b"}", b"ccollections\nOrderedDict\n"
+"""How the pickle of a dictionary goes on behind its protocol."""
 _LONGEST_PICKLE = 1 << 30
 
 
-def is_archive(path: Path) -> bool:
-    """Whether a file begins as an archive of ``torch.save`` does."""
+def holds_mapping(path: Path) -> bool:
+    """Whether a file is an archive of ``torch.save`` that holds a dictionary, told by its first bytes."""
     try:
         with path.open("rb") as handle:
-            return handle.read(4) == _MAGIC
+            head = handle.read(_USUAL_HEADER)
     except OSError:
         return False
+    if head[:4] != _MAGIC or len(head) < _HEADER:
+        return False
+    name, extra = struct.unpack_from("<HH", head, _HEADER - 4)
+    pickled = head[_HEADER + name + extra :]
+    first = head[_HEADER : _HEADER + name].endswith(b"/data.pkl")
+    return first and pickled[:2] == b"\x80\x02" and pickled[2:].startswith(_MAPPINGS)
 
 
 def read_archive(files: Files, name: str | int, allow: Collection[str] = ()) -> Any:

@@ -20,7 +20,8 @@ from core_ucp.files.metadata import METADATA
 from core_ucp.files.trees import Leaves, walk
 from core_ucp.sources.full import INDEX, WEIGHTS, bin_files, read_leaves
 from core_ucp.sources.huggingface import open_tensors
-from core_ucp.sources.sections import arrange, tied
+from core_ucp.sources.relations import tied
+from core_ucp.sources.sections import arrange
 from core_ucp.view.files import Files
 from core_ucp.view.view import View
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from core.disk import disk_errors, plain_name
 from core.errors import CheckpointError
-from core_ucp.files.archives import is_archive, read_archive
+from core_ucp.files.archives import holds_mapping, read_archive
 from core_ucp.files.pickles import Inert
 from core_ucp.files.trees import Leaves, atoms_of, dotted, walk
-from core_ucp.sources.sections import arrange, tied
+from core_ucp.sources.relations import tied
+from core_ucp.sources.sections import arrange
 from core_ucp.view.files import Files
 from core_ucp.view.view import View
 
@@ -36,20 +37,12 @@ INERT = (
 
 
 def detect(path: Path) -> bool:
-    """Whether a path is a file of ``torch.save``, or a folder with the old files of Hugging Face."""
+    """Whether a path is a saved dictionary of ``torch.save``, or a folder with the old files of Hugging Face."""
     if path.is_dir():
         trainers = ("optimizer.bin", "optimizer.pt", "random_states_0.pkl")
         known = (path / WEIGHTS).is_file() or (path / INDEX).is_file()
         return known and not any((path / name).exists() for name in trainers)
-    return is_archive(path) and _begins_with_a_pickle(path)
-
-
-def _begins_with_a_pickle(path: Path) -> bool:
-    """Whether the first entry of a zip archive is the one that ``torch.save`` writes first."""
-    with disk_errors(f"cannot read {path}"), path.open("rb") as handle:
-        head = handle.read(_HEADER + _LONGEST_NAME)
-    length = int.from_bytes(head[26:28], "little")
-    return head[_HEADER : _HEADER + length].endswith(b"/data.pkl")
+    return holds_mapping(path)
 
 
 def open_view(path: Path, rules: Rules | None = None) -> View:

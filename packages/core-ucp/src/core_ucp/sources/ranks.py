@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from core.errors import CheckpointError
 from core_ucp.files.archives import read_archive
 from core_ucp.files.pickles import Inert, Located
 from core_ucp.files.trees import Leaves, dotted, walk
+from core_ucp.layout.gather import first_copies
 from core_ucp.sources.dtensors import CLASSES, is_dtensor, part_of
 from core_ucp.sources.full import INERT
 from core_ucp.sources.sections import arrange
@@ -116,10 +116,7 @@ class _Tensor:
     def atom(self) -> Atom:
         """The tensor, with each box once; further copies are replicas."""
         found = places.join(self.parts)
-        corners = np.concatenate([found.boxes.start, found.boxes.size], axis=1)
-        _, first = np.unique(corners, axis=0, return_index=True)
-        once = np.zeros(len(found), np.bool_)
-        once[first] = True
+        once = first_copies(found.boxes)
         replicas = None if once.all() else found.take(~once)
         return Atom(self.shape, self.dtype, found.take(once), replicas=replicas)
 

@@ -15,14 +15,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from core.errors import CheckpointError
 from core_ucp.files.trees import Leaves, Path, dotted, nest, number
 from core_ucp.sources.order import names_by_index
+from core_ucp.sources.relations import distinct, relation
 from core_ucp.view.files import Files
-from core_ucp.view.keys import MODEL, bare, extra_key, parse_key, state_key, weight_key
-from core_ucp.view.view import Atom, Relation, Resume
+from core_ucp.view.keys import bare, extra_key, state_key, weight_key
+from core_ucp.view.view import Atom, Resume
 
 _STATES = {
     "exp_avg",
@@ -66,7 +65,9 @@ class _Optimizer:
     @property
     def numbered(self) -> bool:
         """Whether parameters are numbers and not names."""
-        return bool(self.states) and all(name.isdigit() for name, _ in self.states)
+        stepped = {name for name, _ in self.states}
+        listed = {str(name) for g in self.groups.values() for name in g.get("params", [])}
+        return all(name.isdigit() for name in stepped or listed) and bool(stepped or listed)
 
     @property
     def tells_names(self) -> bool:
@@ -221,13 +222,15 @@ def _keep(found: Arranged, root: str, optimizer: _Optimizer) -> None:
 def _add(found: Arranged, optimizer: _Optimizer, model: Mapping[str, Atom]) -> None:
     """Add the states of an optimizer, and the hyper-parameters of its groups by name."""
     groups = [optimizer.groups[index] for index in sorted(optimizer.groups)]
-    names: dict[str, str]
+    names = {name: _known(name, model) for name, _ in optimizer.states}
     if optimizer.numbered:
-        by_index = names_by_index(groups, _shapes(optimizer), _parameters(model))
-        names = {str(index): _known(name, model) for index, name in by_index.items()}
-        found.remarks.append("the optimizer's numbers were matched with names by order and shape")
-    else:
-        names = {name: _known(name, model) for name, _ in optimizer.states}
+        try:
+            names = _numbers(found, optimizer, groups, model)
+        except CheckpointError as error:
+            if optimizer.states:
+                raise
+            found.remarks.append(f"hyper-parameters are left out: {error.what}, {error.why}")
+            return
     for (name, state), atom in optimizer.states.items():
         key = state_key(names.get(name, name), state)
         if key in found.atoms:
@@ -244,19 +247,17 @@ def _add(found: Arranged, optimizer: _Optimizer, model: Mapping[str, Atom]) -> N
     found.resume = dataclasses.replace(found.resume, hyper=hyper)
 
 
-def _parameters(model: Mapping[str, Atom]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights, of tied ones only the first."""
-    first: dict[Any, str] = {}
-    for name, atom in model.items():
-        first.setdefault(_place(atom) if atom.numel else name, name)
-    return {name: model[name].shape for name in first.values()}
-
-
-def _place(atom: Atom) -> tuple[Any, ...]:
-    """What tensors have in common that share their bytes."""
-    table = atom.pieces
-    places = (table.boxes.start, table.file, table.offset, table.stride)
-    return (atom.shape, atom.dtype, *(column.tobytes() for column in places))
+def _numbers(
+    found: Arranged,
+    optimizer: _Optimizer,
+    groups: Sequence[Mapping[str, Any]],
+    model: Mapping[str, Atom],
+) -> dict[str, str]:
+    """Names of the parameters by their numbers."""
+    by_index = names_by_index(groups, _shapes(optimizer), distinct(model))
+    if not optimizer.tells_names:
+        found.remarks.append("the optimizer's numbers were matched with names by order and shape")
+    return {str(index): _known(name, model) for index, name in by_index.items()}
 
 
 def _known(name: str, model: Mapping[str, Atom]) -> str:
@@ -272,17 +273,6 @@ def _shapes(optimizer: _Optimizer) -> dict[int, tuple[int, ...]]:
         if state in whole or (int(name) not in found and atom.shape):
             found[int(name)] = atom.shape
     return found
-
-
-def relation(state: Atom, weight: Atom | None) -> Relation:
-    """How a state belongs to its weight, as far as shape and dtype tell."""
-    if state.numel == 1 and (weight is None or weight.shape != state.shape):
-        return "scalar"
-    if weight is None or state.shape == weight.shape:
-        return "opaque" if state.dtype == torch.uint8 else "elementwise"
-    remaining = iter(weight.shape)
-    inside = all(size in remaining for size in state.shape)
-    return "reduced" if inside and state.dtype.is_floating_point else "opaque"
 
 
 def _resume(files: Files, found: Arranged, values: Any, known: int | None) -> Resume:
@@ -312,26 +302,3 @@ def _steps(files: Files, atoms: Iterable[tuple[str, Atom]]) -> int | None:
         if key.startswith("optim.") and key.endswith(".step") and math.prod(atom.shape) == 1:
             return int(number(files, atom))
     return None
-
-
-def tied(atoms: Mapping[str, Atom]) -> tuple[dict[str, Atom], dict[str, str]]:
-    """Weights that share their bytes, as one atom and aliases.
-
-    The owner is the one that an optimizer knows, or the first.
-
-    Returns:
-        the atoms without the aliases, and the owners by alias.
-    """
-    stepped = {part.parameter for key in atoms if (part := parse_key(key)) and part.state}
-    sharing: dict[tuple[Any, ...], list[str]] = {}
-    for key, atom in atoms.items():
-        if key.startswith(MODEL) and atom.numel:
-            sharing.setdefault(_place(atom), []).append(key)
-    aliases: dict[str, str] = {}
-    for keys in sharing.values():
-        names = [key.removeprefix(MODEL) for key in keys]
-        owner = next((name for name in names if name in stepped), names[0])
-        aliases |= {name: owner for name in names if name != owner}
-    gone = {weight_key(name) for name in aliases}
-    kept = {key: atom for key, atom in atoms.items() if key not in gone}
-    return kept, aliases

@@ -10,8 +10,8 @@ from core.checkpoints.values import decode
 from core.disk import disk_errors
 from core.errors import CheckpointError
 from core_ucp.files.safetensors import SUFFIX, read_tensors
-from core_ucp.universal import NAME, Manifest, StoredAtom, StoredFile, head_digest
 from core_ucp.layout.rules import Rules
+from core_ucp.universal import NAME, Manifest, StoredAtom, StoredFile, head_digest
 from core_ucp.view.files import Files
 from core_ucp.view.view import Atom, Relation, Resume, View
 

@@ -163,6 +163,15 @@ def _candidates(left: Boxes, right: Boxes) -> Iterator[tuple[Table, Table]]:
         yield order[low[b] + within].astype(np.int64), b
 
 
+def covers(boxes: Boxes, shape: Sequence[int]) -> bool:
+    """Whether there is one box, and it is the whole tensor: the usual case, told quickly."""
+    return (
+        len(boxes) == 1
+        and boxes.size[0].tolist() == list(shape)
+        and not any(boxes.start[0].tolist())
+    )
+
+
 def untiled(shape: Sequence[int], boxes: Boxes) -> str:
     """Why boxes do not cover a tensor exactly once, or an empty string.
 
@@ -173,6 +182,8 @@ def untiled(shape: Sequence[int], boxes: Boxes) -> str:
     Returns:
         the first hole or overlap in words.
     """
+    if covers(boxes, shape):
+        return ""
     bounds = np.array(shape, np.int64)
     outside = (boxes.start < 0) | (boxes.end > bounds)
     if outside.any():

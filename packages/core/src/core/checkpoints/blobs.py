@@ -62,7 +62,7 @@ class _Described(NamedTuple):
     contiguous: bool
 
 
-_DTYPES = {
+STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -77,6 +77,7 @@ _DTYPES = {
     "ComplexDoubleStorage": torch.complex128,
     "UntypedStorage": torch.uint8,
 }
+"""Dtypes by the names of the storages in which ``torch.save`` keeps them."""
 
 
 class _TensorUnpickler(pickle.Unpickler):
@@ -89,8 +90,8 @@ class _TensorUnpickler(pickle.Unpickler):
             return _rebuild_v3
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
-        if module in ("torch", "torch.storage") and name in _DTYPES:
-            return _DTYPES[name]
+        if module in ("torch", "torch.storage") and name in STORAGES:
+            return STORAGES[name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise pickle.UnpicklingError(f"{module}.{name} is no part of a plain tensor")

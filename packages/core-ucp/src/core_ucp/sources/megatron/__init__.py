@@ -18,9 +18,8 @@ def detect(path: Path) -> bool:
     """Whether a folder is of Megatron: one iteration, or the folder above that names the last."""
     if not path.is_dir():
         return False
-    marks = (LATEST, "metadata.json")
-    known = any((path / mark).is_file() for mark in marks)
-    return known or any(path.glob("mp_rank_*/model_optim_rng.pt"))
+    dist = (path / ".metadata").is_file() and (path / "metadata.json").is_file()
+    return dist or (path / LATEST).is_file() or any(path.glob("mp_rank_*/model_optim_rng.pt"))
 
 
 def open_view(path: Path, rules: Rules | None = None) -> View:

@@ -13,7 +13,7 @@ import torch
 from core.errors import CheckpointError
 from core_ucp.execution.gathering import item_type, read_box
 from core_ucp.sources.megatron.common import Common
-from core_ucp.sources.sections import relation
+from core_ucp.sources.relations import relation
 from core_ucp.view.boxes import Boxes, overlaps
 from core_ucp.view.files import Files
 from core_ucp.view.keys import extra_key, state_key, weight_key

@@ -198,8 +198,8 @@ def _strangers(folder: Path) -> Iterator[tuple[str, Path]]:
     (folder / "texts").mkdir()
     (folder / "texts" / "data.json").write_text("[]", encoding="utf-8")
     yield "a folder with a JSON file", folder / "texts"
-    torch.save({"step": torch.zeros(3)}, folder / "step.pt")
-    yield "a file of torch.save", folder / "step.pt"
+    torch.save([1, 2, 3], folder / "numbers.pt")
+    yield "a file of torch.save that is no state", folder / "numbers.pt"
 
 
 def _other_formats(subject: Subject) -> Iterator[tuple[str, Path]]:
