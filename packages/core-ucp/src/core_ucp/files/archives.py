@@ -25,7 +25,7 @@ _HEADER = 30
 _USUAL_HEADER = 256
 """Bytes that are read of a header at first, with its name and what pads it."""
 _MAGIC = b"PK\x03\x04"
-_MAPPINGS = b"}", b"ccollections\nOrderedDict\n"
+_MAPPINGS = b"}", b"ccollections\nOrderedDict\n", b"\x8c\x0bcollections\x94\x8c\x0bOrderedDict"
 """How the pickle of a dictionary goes on behind its protocol."""
 _LONGEST_PICKLE = 1 << 30
 
@@ -40,9 +40,11 @@ def holds_mapping(path: Path) -> bool:
     if head[:4] != _MAGIC or len(head) < _HEADER:
         return False
     name, extra = struct.unpack_from("<HH", head, _HEADER - 4)
-    pickled = head[_HEADER + name + extra :]
     first = head[_HEADER : _HEADER + name].endswith(b"/data.pkl")
-    return first and pickled[:2] == b"\x80\x02" and pickled[2:].startswith(_MAPPINGS)
+    pickled = head[_HEADER + name + extra :][2:]
+    if pickled[:1] == b"\x95":  # from protocol 4 on, the length of a frame comes first
+        pickled = pickled[9:]
+    return first and pickled.startswith(_MAPPINGS)
 
 
 def read_archive(files: Files, name: str | int, allow: Collection[str] = ()) -> Any:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 WEIGHTS = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
-_HEADER, _LONGEST_NAME = 30, 1024
 INERT = (
     "argparse.Namespace",
     "datetime.*",
@@ -37,7 +36,7 @@ INERT = (
 
 
 def detect(path: Path) -> bool:
-    """Whether a path is a saved dictionary of ``torch.save``, or a folder with the old files of Hugging Face."""
+    """Whether a path is a saved dictionary, or a folder with the old files of Hugging Face."""
     if path.is_dir():
         trainers = ("optimizer.bin", "optimizer.pt", "random_states_0.pkl")
         known = (path / WEIGHTS).is_file() or (path / INDEX).is_file()
