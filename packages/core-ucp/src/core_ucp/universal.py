@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -75,7 +75,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write and sync it in ``folder``."""
         content: dict[str, Any] = {"format": "core-ucp", "version": [MAJOR, MINOR]}
-        content |= _adapter().dump_python(self, mode="json")
+        content |= asdict(self)
         text = json.dumps(content, indent=1).removesuffix("\n}").encode()
         with disk_errors(f"cannot write {folder / NAME}"):
             sync_file(folder / NAME, text + _ending(text))

@@ -12,12 +12,13 @@ import torch
 from core.errors import CheckpointError
 from core_ucp.execution.digest import Digest, digest_of
 from core_ucp.execution.gathering import item_type, read_box, read_pieces
+from core_ucp.execution.planning import in_blocks
 from core_ucp.view.boxes import untiled
 from core_ucp.view.pieces import Pieces
 from core_ucp.view.view import Atom, View
 
 Progress = Callable[[int], None]
-_BLOCK = 8 * 2**20
+_BLOCK = 2**20
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,7 @@ def _check(view: View, key: str, atom: Atom) -> Literal["ok", "unchecked"]:
     saved = view.digests.get(key)
     if saved is not None and saved != str(found):
         raise CheckpointError(f"{key} is not what was saved", why=f"{found} is not {saved}")
-    if atom.replicas is not None:
-        _require_equal_copies(view, key, atom, atom.replicas)
+    require_equal_copies(view, key, atom)
     twin = view.twins.get(key)
     if twin is not None:
         _require_rounded(view, key, atom, twin)
@@ -101,11 +101,19 @@ def _blocks(view: View, atom: Atom) -> Iterator[tuple[int, np.ndarray]]:
         yield begin, block
 
 
-def _require_equal_copies(view: View, key: str, atom: Atom, copies: Pieces) -> None:
-    view.files.require(key, copies, atom.stored.itemsize)
+def require_equal_copies(view: View, key: str, atom: Atom) -> None:
+    """Make sure that all copies of an atom hold the same bits, block by block.
+
+    Raises:
+        CheckpointError: naming the file of a copy that differs from the first one.
+    """
+    if atom.replicas is None:
+        return
+    view.files.require(key, atom.replicas, atom.stored.itemsize)
+    copies = in_blocks(atom.replicas, atom.stored.itemsize)
+    kind = item_type(atom.stored.itemsize)
     rows = zip(copies.boxes.start.tolist(), copies.boxes.size.tolist(), strict=True)
     for row, (start, size) in enumerate(rows):
-        kind = item_type(atom.stored.itemsize)
         first, other = np.empty(size, kind), np.empty(size, kind)
         read_box(view.files, atom, start, first)
         read_pieces(view.files, copies.take(np.array([row])), start, other)

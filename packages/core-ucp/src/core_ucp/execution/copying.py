@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from core.errors import CheckpointError
 from core.storage import ByteSink, FileSink
+from core_ucp.execution.checking import require_equal_copies
 from core_ucp.execution.digest import Digest, digest_of
 from core_ucp.execution.gathering import Items, item_type, read_pieces
 from core_ucp.execution.planning import BLOCK, Copies, Plan
@@ -39,6 +40,7 @@ def execute(
 ) -> dict[str, Digest]:
     """Make the target in an empty folder; the source is only read.
 
+    Where the source has several copies of a tensor, they are held against each other.
     Memory is bounded: each worker holds one block of ``BLOCK`` bytes, and what it is cast to.
 
     Args:
@@ -52,7 +54,8 @@ def execute(
         digests, by key, of the atoms that were written as a whole.
 
     Raises:
-        CheckpointError: when reading or writing fails, or the source was changed meanwhile.
+        CheckpointError: when reading or writing fails, copies differ, or the source was changed
+            meanwhile.
     """
     sinks = _Sinks(folder, open_sink)
     digests = _Digests(c.wanted.key for c in plan.copies if c.digested)
@@ -65,6 +68,8 @@ def execute(
         _in_threads(job.do, _batches(plan), workers or min(2, os.cpu_count() or 1))
         plan.view.files.require_unchanged()
         _require_as_saved(plan, digests.found)
+        for key in digests.found:
+            require_equal_copies(plan.view, key, plan.view.atoms[key])
         sinks.commit()
     except BaseException:
         sinks.abort()

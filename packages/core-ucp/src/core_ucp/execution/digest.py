@@ -19,7 +19,9 @@ Words = NDArray[np.uint64]
 _WIDTH = 512
 """Words of a row: the coefficient of a word is that of its column times that of its row."""
 _ROW = 8 * _WIDTH
-_BLOCK = 64 * _ROW
+_AT_ONCE = 64
+"""Rows that are looked at twice while they are in the cache of the processor."""
+_HALF = np.uint64(32)
 _MASK = 2**64 - 1
 
 
@@ -65,38 +67,34 @@ def digest_of(data: bytes | bytearray | memoryview | NDArray[np.uint8], begin: i
         begin: place of the first one in the whole tensor, in bytes.
     """
     octets = np.frombuffer(data, np.uint8)
-    total = Digest()
     first = min(len(octets), -begin % _ROW)
-    if first:
-        total += _padded(octets[:first], begin)
-    whole = first + (len(octets) - first) // _ROW * _ROW
-    for place in range(first, whole, _BLOCK):
-        part = octets[place : min(whole, place + _BLOCK)]
-        total += _rows(_words(part), (begin + place) // _ROW)
-    if whole < len(octets):
-        total += _padded(octets[whole:], begin + whole)
-    return total
+    whole = (len(octets) - first) // _ROW * _ROW
+    total = _padded(octets[:first], begin)
+    if whole:
+        total += _rows(octets[first : first + whole], (begin + first) // _ROW)
+    return total + _padded(octets[first + whole :], begin + first + whole)
 
 
 def _padded(octets: NDArray[np.uint8], begin: int) -> Digest:
     """Digest of bytes inside of one row."""
+    if not len(octets):
+        return Digest()
     row, before = divmod(begin, _ROW)
     line = np.zeros(_ROW, np.uint8)
     line[before : before + len(octets)] = octets
-    return _rows(_words(line), row)
+    return _rows(line, row)
 
 
-def _words(octets: NDArray[np.uint8]) -> Words:
-    """Rows of words; a copy only where the bytes are not aligned."""
-    words = octets.view("<u8") if octets.ctypes.data % 8 == 0 else octets.copy().view("<u8")
-    return words.reshape(-1, _WIDTH)
-
-
-def _rows(words: Words, row: int) -> Digest:
+def _rows(octets: NDArray[np.uint8], row: int) -> Digest:
+    """Digest of whole rows, the first of which has the number ``row``."""
+    # Words that lie across the processor's own take a copy.
+    aligned = octets if octets.ctypes.data % 8 == 0 else octets.copy()
+    words = aligned.view("<u8").reshape(-1, _WIDTH)
+    sums = np.empty((2, len(words)), np.uint64)
+    for begin in range(0, len(words), _AT_ONCE):
+        part = words[begin : begin + _AT_ONCE]
+        np.matmul(part, _COLUMNS[0], out=sums[0, begin : begin + _AT_ONCE])
+        np.matmul(part >> _HALF, _COLUMNS[1], out=sums[1, begin : begin + _AT_ONCE])
     numbers = np.arange(row, row + len(words), dtype=np.uint64)
-    sums = words @ _COLUMNS[0], (words >> np.uint64(32)) @ _COLUMNS[1]
-    weighed = [
-        int((part * _mixed(numbers, ~seed & _MASK)).sum(dtype=np.uint64))
-        for part, seed in zip(sums, _SEEDS, strict=True)
-    ]
-    return Digest(*weighed)
+    pairs = zip(sums, _SEEDS, strict=True)
+    return Digest(*(int((part * _mixed(numbers, ~seed & _MASK)).sum()) for part, seed in pairs))

@@ -16,8 +16,9 @@ from core_ucp.view.boxes import Boxes, Table, covers, overlaps, untiled
 from core_ucp.view.pieces import Pieces
 from core_ucp.view.view import Atom, View
 
-BLOCK = 8 * 2**20
-"""Bytes that are in memory at once, for each worker."""
+BLOCK = 2**20
+"""Bytes that are in memory at once, for each worker: what fits into the cache of a processor, so
+that a block is read from memory once, however often it is looked at."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +94,7 @@ def _digested(view: View, target: Target) -> set[Wanted]:
 def _copies(view: View, wanted: Wanted, digested: bool) -> Copies:
     source = _source(view, wanted)
     atom = wanted.atom
-    blocks = _blocks(atom.pieces, max(atom.dtype.itemsize, source.stored.itemsize))
+    blocks = in_blocks(atom.pieces, max(atom.dtype.itemsize, source.stored.itemsize))
     if covers(blocks.boxes, atom.shape):
         # One block of the whole: all pieces of the source are its parts, as they are.
         parts = source.pieces.take(source.pieces.boxes.volume > 0)
@@ -136,7 +137,7 @@ def _castable(source: torch.dtype, target: torch.dtype) -> bool:
     return source.is_floating_point and target.is_floating_point
 
 
-def _blocks(pieces: Pieces, itemsize: int) -> Pieces:
+def in_blocks(pieces: Pieces, itemsize: int) -> Pieces:
     """Pieces cut so that none is larger than ``BLOCK`` bytes."""
     if not len(pieces) or int(pieces.boxes.volume.max()) * itemsize <= BLOCK:
         return pieces.take(pieces.boxes.volume > 0)
