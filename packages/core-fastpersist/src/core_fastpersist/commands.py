@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from core.cli.options import as_json
+from core.cli.progress import bytes_bar
 from core.cli.table import echo_json, echo_table
 
 if TYPE_CHECKING:
-    from core_fastpersist.verification import Finding, Progress
+    from core_fastpersist.verification import Finding
 
 _SHOWN = 40
 
@@ -48,7 +48,7 @@ def verify(path: Path, as_json: bool) -> None:
     """
     from core_fastpersist.verification import verify as check
 
-    with _progress("verify") as progress:
+    with bytes_bar("verify") as progress:
         findings = check(path, progress)
     damages = sum(found.status == "fail" for found in findings)
     uncovered = sum(found.status == "warn" for found in findings)
@@ -149,35 +149,3 @@ def _short(value: Any) -> str:
         return "yes" if value else "no"
     text = f"{value:,}" if isinstance(value, int) else str(value)
     return text if len(text) <= 200 else f"{text[:197]}…"
-
-
-@contextmanager
-def _progress(label: str) -> Generator[Progress | None]:
-    """A bar on standard error, where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress as Bars,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task(label, total=None)
-
-        def advance(size: int, total: int) -> None:
-            bars.update(task, advance=size, total=total)
-
-        yield advance

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Protocol
 
-Advance = Callable[[int], None]
-"""Called, from any thread, with the number of bytes that are done since the last call."""
+
+class Advance(Protocol):
+    """Is told, from any thread, of the bytes that are done since the last call."""
+
+    def __call__(self, size: int, total: int | None = None) -> None:
+        """Go on by ``size`` bytes, of ``total`` in all, where that was not known before."""
 
 
 @contextmanager
@@ -44,11 +49,11 @@ def bytes_bar(label: str, total: int | None = None) -> Generator[Advance]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(label, total=total)
 
-        def advance(size: int) -> None:
-            bars.update(task, advance=size)
+        def advance(size: int, total: int | None = None) -> None:
+            bars.update(task, advance=size, total=total)
 
         yield advance
 
 
-def _silent(size: int) -> None:
+def _silent(size: int, total: int | None = None) -> None:
     """Show nothing: there is no terminal."""
