@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from core.cli import plugins_of
 from core.cli.options import as_json
 from core.cli.progress import bytes_bar
-from core.cli.table import echo_json, echo_table
+from core.cli.table import as_text, echo_json, echo_table
 
 if TYPE_CHECKING:
     from core_ucp.view.view import View
@@ -22,7 +23,9 @@ _kind = click.option(
     "--from", "kind", default="auto", metavar="KIND", help="Kind of checkpoint; found by looking."
 )
 _rules = click.option(
-    "--rules", type=_path, metavar="FILE", help="How parameters lie, where files do not say it."
+    "--rules",
+    metavar="FILE",
+    help="How parameters lie, where files do not say it; or the name of rules of a plugin.",
 )
 
 
@@ -44,7 +47,7 @@ def ucp() -> None:
 @_rules
 @click.option("--all", "everything", is_flag=True, help=f"Show more than {_SHOWN} tensors.")
 @as_json
-def inspect(path: Path, kind: str, rules: Path | None, everything: bool, as_json: bool) -> None:
+def inspect(path: Path, kind: str, rules: str | None, everything: bool, as_json: bool) -> None:
     """Show what a checkpoint holds; no tensor is read and no pickle is run.
 
     \b
@@ -69,7 +72,7 @@ def inspect(path: Path, kind: str, rules: Path | None, everything: bool, as_json
         echo_json({**facts, "holes": holes, "tensors": rows})
         return
     for name, value in facts.items():
-        click.echo(f"{name}: {_text(value)}")
+        click.echo(f"{name}: {as_text(value)}")
     click.echo("")
     shown = rows if everything else rows[:_SHOWN]
     head = ("DTYPE", "SHAPE", "PIECES", "KEY")
@@ -86,7 +89,7 @@ def inspect(path: Path, kind: str, rules: Path | None, everything: bool, as_json
 @_kind
 @_rules
 @as_json
-def verify(path: Path, kind: str, rules: Path | None, as_json: bool) -> None:
+def verify(path: Path, kind: str, rules: str | None, as_json: bool) -> None:
     """Read every byte and hold it against all that the checkpoint says of itself.
 
     The exit status is 0 when no damage was found, 1 when there is some, and 2 when the checkpoint
@@ -103,7 +106,7 @@ def verify(path: Path, kind: str, rules: Path | None, as_json: bool) -> None:
     with bytes_bar("verify", view.nbytes) as advance:
         findings = list(check(view, advance))
     bad = [found for found in findings if found.status == "bad"]
-    counts = Counter(found.status for found in findings)
+    counts = {"ok": 0, "unchecked": 0, "bad": 0, **Counter(found.status for found in findings)}
     if as_json:
         problems = [{"key": found.key, "problem": found.problem} for found in bad]
         echo_json({"path": str(path), "sound": not bad, "counts": counts, "problems": problems})
@@ -120,12 +123,24 @@ def verify(path: Path, kind: str, rules: Path | None, as_json: bool) -> None:
 @ucp.command()
 @click.argument("left", type=_path)
 @click.argument("right", type=_path)
+@_kind
 @_rules
+@click.option("--right-from", default="auto", metavar="KIND", help="As --from, for RIGHT.")
+@click.option("--right-rules", metavar="FILE", help="As --rules, for RIGHT.")
 @as_json
-def diff(left: Path, right: Path, rules: Path | None, as_json: bool) -> None:
+def diff(
+    left: Path,
+    right: Path,
+    kind: str,
+    rules: str | None,
+    right_from: str,
+    right_rules: str | None,
+    as_json: bool,
+) -> None:
     """Compare two checkpoints bit by bit, whatever their formats and parallel layouts.
 
-    The exit status is 0 when they hold the same, 1 when they differ.
+    The exit status is 0 when they hold the same, 1 when they differ, and 2 when one of them cannot
+    be opened. ``--from`` and ``--rules`` are those of LEFT.
 
     \b
     Example:
@@ -133,7 +148,7 @@ def diff(left: Path, right: Path, rules: Path | None, as_json: bool) -> None:
     """
     from core_ucp.execution.checking import diff as compare
 
-    first, second = _open(left, "auto", rules), _open(right, "auto", rules)
+    first, second = _open(left, kind, rules), _open(right, right_from, right_rules)
     with bytes_bar("diff", first.nbytes) as advance:
         found = list(compare(first, second, advance))
     if as_json:
@@ -142,16 +157,18 @@ def diff(left: Path, right: Path, rules: Path | None, as_json: bool) -> None:
     else:
         for each in found:
             click.echo(f"{each.key}: {each.problem}")
-        verdict = f"{len(found)} differences" if found else "the same, bit for bit"
+        counted = f"{len(found):,} difference{'' if len(found) == 1 else 's'}"
+        verdict = counted if found else "the same, bit for bit"
         click.echo(f"{len(first.atoms)} and {len(second.atoms)} tensors: {verdict}")
     sys.exit(1 if found else 0)
 
 
-def _open(path: Path, kind: str, rules: Path | None) -> View:
-    from core_ucp.layout.toml import load
+def _open(path: Path, kind: str, rules: str | None) -> View:
+    from core_ucp.conversion import rules_named
     from core_ucp.sources.registry import open_checkpoint
 
-    return open_checkpoint(path, kind, load(rules) if rules else None)
+    named = rules_named(rules, plugins_of(click.get_current_context())) if rules else None
+    return open_checkpoint(path, kind, named)
 
 
 def _facts(view: View) -> dict[str, Any]:
@@ -178,11 +195,3 @@ def _holes(view: View) -> list[str]:
 
     problems = ((key, untiled(atom.shape, atom.pieces.boxes)) for key, atom in view.atoms.items())
     return [f"{key}: {problem}" for key, problem in problems if problem]
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items()) or "-"
-    if isinstance(value, list):
-        return "; ".join(map(str, value)) or "-"
-    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.checkpoints.settings import CheckpointSettings
-from core.contributions import CheckpointFormat, Progress
-from core.errors import CheckpointError
+from core.contributions import CheckpointFormat, ParameterRules, Progress
+from core.errors import CheckpointError, closest
+from core.hooks import Hooks
 from core.storage import ByteSink
 from core_ucp.execution.copying import OpenSink, execute
 from core_ucp.execution.estimating import bytes_per_second
@@ -21,6 +22,7 @@ from core_ucp.targets.registry import target_of
 from core_ucp.view.view import View
 
 if TYPE_CHECKING:
+    from core.plugins import Plugins
     from core.run import Run
     from core_ucp.layout.rules import Rules
 
@@ -112,7 +114,7 @@ def open_view(path: Path, fmt: CheckpointFormat, run: Run) -> View:
     Raises:
         CheckpointError: when nobody knows where the tensors of such a checkpoint lie.
     """
-    kind = fmt.name if named(fmt.name) else fmt.extends
+    kind = fmt.name if named(fmt.name) else fmt.extends.rpartition(".")[2]
     if named(kind) is None:
         raise CheckpointError(
             f"{path} is {fmt.name}, of which only its own reader knows where tensors lie",
@@ -134,19 +136,32 @@ def opened(path: Path, name: str, run: Run) -> View:
 
 
 def rules_of(run: Run) -> Rules | None:
-    """The rules that the settings name: a file, or what a plugin brings.
+    """The rules that the settings name, if they name some.
 
     Raises:
         CheckpointError: for an unknown name, or a file that is missing or wrong.
     """
     name = run.settings(CheckpointSettings).rules
-    if not name:
-        return None
-    from core import Hooks, ParameterRules
+    return rules_named(name, run.plugins) if name else None
+
+
+def rules_named(name: str, plugins: Plugins) -> Rules:
+    """The rules that a plugin brings under a name, or else those of a file.
+
+    Raises:
+        CheckpointError: when there are none, or two, or they are wrong.
+    """
     from core_ucp.layout.toml import load, rules_from
 
-    brought = (c.value for c in run.plugins.collect(Hooks.core_models))
-    for found in brought:
-        if isinstance(found, ParameterRules) and found.name == name:
-            return rules_from(found.tables(), found.name)
+    brought = [c for c in plugins.collect(Hooks.core_models) if isinstance(c.value, ParameterRules)]
+    same = [c for c in brought if name in (c.value.name, c.id)]
+    if len(same) > 1:
+        ids = " and ".join(c.id for c in same)
+        raise CheckpointError(f"the rules {name!r} are brought by {ids}", fix="use the full id")
+    if same:
+        return rules_from(same[0].value.tables(), f"the rules {same[0].id}")
+    if not Path(name).exists():
+        known = [c.value.name for c in brought]
+        listed = f"plugins bring {', '.join(known) or 'none'}{closest(name, known)}"
+        raise CheckpointError(f"there are no rules {name!r}", why=f"it is no file, and {listed}")
     return load(Path(name))

@@ -42,6 +42,7 @@ class Plugin(Hooks):
                 describe=Describe(name) if readable else None,
                 convert=Convert(name) if made else None,
                 extends=extends,
+                heeds_rules=True,
             )
 
     @override

@@ -21,8 +21,9 @@ from torch.futures import Future
 
 from core.checkpoints.boxes import memory
 from core.errors import CheckpointError
+from core_ucp.execution.digest import digest_of
 from core_ucp.execution.gathering import item_type, read_box
-from core_ucp.view.keys import weight_key
+from core_ucp.view.keys import parse_key, weight_key
 from core_ucp.view.view import Atom, View
 
 
@@ -30,7 +31,8 @@ class UniversalReader(StorageReader):
     """A DCP reader of whatever checkpoint a view was made of.
 
     Every rank reads the bytes of its own shards and no others. Tensors have the keys of DCP's
-    flattened state dicts: ``model.<parameter>`` and ``optim.state.<parameter>.<state>``.
+    flattened state dicts: ``model.<parameter>`` and ``optim.state.<parameter>.<state>``. One that is
+    read as a whole is held against the digest that the checkpoint has of it.
 
     Example::
 
@@ -102,9 +104,22 @@ class UniversalReader(StorageReader):
         if read.numel():
             items = np.ndarray(tuple(read.shape), item_type(atom.stored.itemsize), memory(read))
             self.bytes_read += read_box(self.view.files, atom, start, items)
+            if tuple(read.shape) == atom.shape:
+                self._require_as_saved(key, read)
         if not direct:
             scaled = torch.ldexp(read, torch.tensor(atom.exponent)) if atom.exponent else read
             target.copy_(scaled.to(atom.dtype))
+
+    def _require_as_saved(self, key: str, read: torch.Tensor) -> None:
+        part = parse_key(key)
+        owner = self.view.aliases.get(part.parameter) if part and not part.state else None
+        saved = self.view.digests.get(weight_key(owner) if owner else key)
+        if saved is not None and saved != str(found := digest_of(memory(read))):
+            raise CheckpointError(
+                f"{key} of {self.view.path} is not what was saved",
+                why=f"its digest is {found}, not {saved}",
+                fix="use another copy of the checkpoint",
+            )
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:

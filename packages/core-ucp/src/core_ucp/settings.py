@@ -24,6 +24,10 @@ class UcpSettings(Settings):
     """Floating point type of the weights of a Hugging Face target, or in which a DeepSpeed target
     trains; ``source`` keeps what the checkpoint has."""
 
+    order: tuple[str, ...] = ()
+    """Trained parameters in the order of the model, for a DeepSpeed target whose source has lost it:
+    the names of ``model.named_parameters()``."""
+
     frozen: tuple[str, ...] = ()
     """Weights that a DeepSpeed target does not train, where the source does not tell."""
 

@@ -117,7 +117,15 @@ def test_trees(tree: Any, protocol: int, tmp_path: Path) -> None:
     torch.save(tree, tmp_path / "a.pt", pickle_protocol=protocol)
     files = Files(tmp_path)
     assert_same(files, read_archive(files, "a.pt"), tree)
-    assert holds_mapping(tmp_path / "a.pt") == isinstance(tree, dict)
+    assert holds_mapping(tmp_path / "a.pt") or not isinstance(tree, dict)
+
+
+@pytest.mark.parametrize(
+    "tree", [[1, 2], "text", torch.zeros(2)], ids=lambda tree: type(tree).__name__
+)
+def test_what_is_no_mapping_is_told_from_one(tree: Any, tmp_path: Path) -> None:
+    torch.save(tree, tmp_path / "a.pt")
+    assert not holds_mapping(tmp_path / "a.pt")
 
 
 def test_tensors_that_share_memory_share_a_storage(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_an_unknown_parameter_names_the_closest_rule() -> None:
     rules = Rules((Rule("embed.weight"), Rule("layers.*.up.weight", COLUMN)), origin="r.toml")
     with pytest.raises(CheckpointError) as caught:
         rules.assign(["layers.0.upp.weight"])
-    assert "r.toml have no rule for layers.0.upp.weight" in str(caught.value)
+    assert "no rule of r.toml is for layers.0.upp.weight" in str(caught.value)
     assert "the closest rule is 'layers.*.up.weight'" in str(caught.value)
     with pytest.raises(CheckpointError, match="there is none at all"):
         Rules(()).find("x")
@@ -53,7 +53,7 @@ def test_two_rules_for_one_parameter_are_both_named() -> None:
     with pytest.raises(CheckpointError, match=r"'layers.\*\*' and '\*\*.weight' both match"):
         rules.find("layers.0.up.weight")
     exact = Rules((Rule("layers.**"), Rule("layers.0.up.weight", COLUMN)))
-    with pytest.raises(CheckpointError, match="two rules for layers.0.up.weight"):
+    with pytest.raises(CheckpointError, match="two rules of the rules are for layers.0.up.weight"):
         exact.find("layers.0.up.weight")
 
 

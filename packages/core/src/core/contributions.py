@@ -199,6 +199,8 @@ class CheckpointFormat:
             format; takes the place of ``writer`` in ``core convert``. A CheckpointError refuses it.
         describe: step and plain values of a checkpoint that was not saved by a run of core. Its
             model is ``model.``, its optimizers are ``optim.`` then, as in torch's own state dicts.
+        heeds_rules: whether reader and description heed ``checkpoint.rules``. Where they do not, the
+            setting is refused instead of being ignored.
     """
 
     name: str
@@ -212,6 +214,7 @@ class CheckpointFormat:
     extends: str = ""
     convert: Callable[[Path, CheckpointFormat, Run], Converter] | None = None
     describe: Callable[[Path, Run], Description] | None = None
+    heeds_rules: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,22 +15,10 @@ from typing import Any
 
 import torch
 
+from core.checkpoints.blobs import STORAGES
 from core.errors import CheckpointError
 
-_STORAGES = {
-    torch.float64: "DoubleStorage",
-    torch.float32: "FloatStorage",
-    torch.float16: "HalfStorage",
-    torch.bfloat16: "BFloat16Storage",
-    torch.int64: "LongStorage",
-    torch.int32: "IntStorage",
-    torch.int16: "ShortStorage",
-    torch.int8: "CharStorage",
-    torch.uint8: "ByteStorage",
-    torch.bool: "BoolStorage",
-    torch.complex64: "ComplexFloatStorage",
-    torch.complex128: "ComplexDoubleStorage",
-}
+_STORAGES = {dtype: name for name, dtype in STORAGES.items() if name != "UntypedStorage"}
 """Storage classes by which torch names dtypes; the dtypes that came later have none."""
 
 

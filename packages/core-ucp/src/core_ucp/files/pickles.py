@@ -11,7 +11,7 @@ import collections
 import io
 import math
 import pickle
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sized
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -22,6 +22,12 @@ from core.errors import CheckpointError
 from core_ucp.files.stored import Inert as Inert, Located as Located, Storage as Storage
 
 _MOST_DIMENSIONS = 64
+_LARGEST = 2**62
+"""Sizes, strides and bytes of tensors stay below this, so that tables can hold them."""
+_DEEPEST = 200
+"""Levels of dictionaries, lists and objects inside of each other."""
+_MOST_VALUES = 2**25
+"""Values of a tree when what stands in several places is counted at each of them."""
 
 
 def unpickle(
@@ -40,10 +46,13 @@ def unpickle(
             :class:`Inert`.
 
     Raises:
-        CheckpointError: for a global that is not allowed, naming it, and for a damaged pickle.
+        CheckpointError: for a global that is not allowed, naming it, and for a damaged pickle, or
+            one that holds itself.
     """
     try:
-        return _Unpickler(data, name, storage, allow).load()
+        found = _Unpickler(data, name, storage, allow).load()
+        _require_tree(found)
+        return found
     except CheckpointError:
         raise
     except Exception as error:  # whatever a damaged pickle makes of the parser
@@ -90,6 +99,49 @@ class _Unpickler(pickle.Unpickler):
         return self._storage(str(key), dtype, _count(numel))
 
 
+def _require_tree(root: Any) -> None:
+    """Refuse what would keep those who walk through it busy for ever.
+
+    A few references make a list that holds itself, or one of billions of values.
+    """
+    known: dict[int, tuple[int, int] | None] = {}
+
+    def measure(value: Any, depth: int) -> tuple[int, int]:
+        """Values and levels below a value."""
+        if id(value) not in known:
+            if depth > _DEEPEST:
+                raise pickle.UnpicklingError(f"it is more than {_DEEPEST} levels deep")
+            known[id(value)] = None
+            inner = [measure(each, depth + 1) for each in _inside(value)]
+            count = len(value) if isinstance(value, Sized) else 1
+            found = count + sum(n for n, _ in inner), 1 + max((d for _, d in inner), default=0)
+            known[id(value)] = found
+        measured = known[id(value)]
+        if measured is None:
+            raise pickle.UnpicklingError("it holds itself")
+        if measured[0] > _MOST_VALUES or depth + measured[1] > _DEEPEST + 1:
+            raise pickle.UnpicklingError(
+                f"it has {measured[0]:,} values on {depth + measured[1]} levels"
+            )
+        return measured
+
+    measure(root, 0)
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    """What a value holds that can hold something itself."""
+    match value:
+        case dict():
+            inner: Iterable[Any] = [*value.values(), *value]
+        case list() | tuple() | set():
+            inner = value
+        case Inert():
+            inner = (value.arguments, value.state, value.items)
+        case _:
+            inner = ()
+    return [each for each in inner if isinstance(each, dict | list | tuple | set | Inert)]
+
+
 def _inert_class(full: str) -> type[Inert]:
     """A class of its own for every name: pickles make objects through ``__new__`` and calls."""
 
@@ -106,7 +158,7 @@ def _inert_class(full: str) -> type[Inert]:
 
 
 def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _LARGEST:
         raise pickle.UnpicklingError(f"{value!r} is no count")
     return value
 
@@ -138,6 +190,8 @@ def _located(storage: Any, dtype: Any, first: Any, shape: Any, stride: Any) -> L
     last = _count(first) + sum(
         (size - 1) * step for size, step in zip(sizes, steps, strict=True) if size
     )
+    if max(math.prod(sizes), *steps, first) * dtype.itemsize >= _LARGEST:
+        raise pickle.UnpicklingError(f"a tensor of {list(sizes)} with steps of {list(steps)}")
     if math.prod(sizes) and (last + 1) * dtype.itemsize > storage.nbytes:
         raise pickle.UnpicklingError(
             f"a tensor ends at byte {(last + 1) * dtype.itemsize:,} of a storage of"

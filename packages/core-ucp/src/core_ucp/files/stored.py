@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,8 +17,15 @@ from core_ucp.view.pieces import Pieces, row_major
 from core_ucp.view.view import Atom, Relation
 
 
+class _Checked:
+    """Made from checked numbers: a pickle may not fill it with others, as it may other objects."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a tensor is no object with a state")
+
+
 @dataclass(frozen=True)
-class Storage:
+class Storage(_Checked):
     """Bytes in a file that tensors look into.
 
     Attributes:
@@ -34,7 +42,7 @@ class Storage:
 
 
 @dataclass(frozen=True)
-class Located:
+class Located(_Checked):
     """A tensor by reference.
 
     Attributes:

@@ -97,13 +97,13 @@ class Rules:
         found = [made for rule in (*exact, *self._others) if (made := rule.of(name)) is not None]
         if not found:
             raise CheckpointError(
-                f"{self.origin} have no rule for {name}", why=self._closest(name), fix=_ADD
+                f"no rule of {self.origin} is for {name}", why=self._closest(name), fix=_ADD
             )
         least = min(rule.precedence for rule in found)
         best = [rule for rule in found if rule.precedence == least]
         if len(best) > 1:
             raise CheckpointError(
-                f"{self.origin} have two rules for {name}",
+                f"two rules of {self.origin} are for {name}",
                 why=f"{best[0].match!r} and {best[1].match!r} both match",
                 fix="make one of them narrower",
             )

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from core_ucp.layout.rules import Rules
     from core_ucp.view.view import View
 
+_DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What readers run into where a value is not of the kind that its program writes there."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -43,7 +46,13 @@ class Source:
             CheckpointError: when it is damaged or incomplete.
         """
         found: Callable[[Path, Rules | None], View] = import_module(self.module).open_view
-        view = found(path, rules)
+        try:
+            view = found(path, rules)
+        except _DAMAGE as error:
+            raise CheckpointError(
+                f"{path} cannot be read as {self.name}",
+                why=f"its files hold other values than {self.name} writes: {error!r}",
+            ) from error
         if rules is None:
             return view
         from core_ucp.layout.seeing import seen
@@ -88,7 +97,8 @@ def open_checkpoint(path: Path, name: str = "auto", rules: Rules | None = None) 
         if chosen is None:
             known = [source.name for source in SOURCES]
             raise CheckpointError(
-                f"no kind of checkpoint is called {name!r}", fix=closest(name, known)
+                f"no kind of checkpoint is called {name!r}",
+                why=f"known: {', '.join(known)}{closest(name, known)}",
             )
         return chosen.open(path, rules)
     found = [source for source in SOURCES if source.detect(path)]
@@ -98,6 +108,5 @@ def open_checkpoint(path: Path, name: str = "auto", rules: Rules | None = None) 
         return kinds[0].open(path, rules)
     names = ", ".join(source.name for source in (kinds or SOURCES))
     state = f"looks like {names}" if kinds else "is of no known kind"
-    raise CheckpointError(
-        f"{path} {state}", fix="say which one it is" if kinds else f"known: {names}"
-    )
+    fix = "name one with `--from`" if kinds else f"known: {names}"
+    raise CheckpointError(f"{path} {state}", fix=fix)

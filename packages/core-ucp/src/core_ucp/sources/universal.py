@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
+from pydantic import TypeAdapter
+
 from core.checkpoints.values import decode
 from core.disk import disk_errors
 from core.errors import CheckpointError
@@ -95,6 +97,7 @@ def _atom(
 
 def _resume(folder: Path, manifest: Manifest) -> Resume:
     try:
-        return Resume(**{name: decode(value, {}) for name, value in manifest.resume.items()})
+        found = {name: decode(value, {}) for name, value in manifest.resume.items()}
+        return TypeAdapter(Resume).validate_python(found, strict=True)
     except (TypeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder / NAME} is damaged", why=f"resume: {error}") from None

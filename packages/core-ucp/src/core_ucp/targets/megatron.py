@@ -94,7 +94,9 @@ def _tensors(view: View, options: MegatronOptions) -> Iterator[tuple[str, str, A
     for key, atom in view.atoms.items():
         part = parse_key(key)
         if part is None:
-            yield key, key.removeprefix(EXTRA), atom
+            # Whatever is not of the optimizer would be a weight to Megatron.
+            if view.framework == "megatron":
+                yield key, key.removeprefix(EXTRA), atom
         elif part.state:
             if part.state != "step":
                 yield key, f"optimizer.state.{part.state}.{part.parameter}", atom
@@ -144,6 +146,9 @@ def _remarks(view: View) -> Iterator[str]:
         )
     if view.aliases:
         yield f"{', '.join(sorted(view.aliases))}: tied, and left to Megatron's arguments"
+    extra = [key for key in view.atoms if parse_key(key) is None]
+    if extra and view.framework != "megatron":
+        yield f"{len(extra):,} further tensors have no place in Megatron: {extra[0]}, ..."
     yield "random numbers are not carried over: load with --no-load-rng"
 
 

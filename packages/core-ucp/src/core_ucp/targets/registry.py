@@ -61,26 +61,31 @@ def _deepspeed(view: View, settings: UcpSettings) -> Target:
     options = DeepSpeedOptions(
         stage=settings.stage,
         world_size=settings.world_size,
-        dtype=_PRECISIONS[settings.dtype if settings.dtype != "source" else _computed_in(view)],
+        dtype=_computed_in(view) if settings.dtype == "source" else _PRECISIONS[settings.dtype],
+        order=settings.order,
         frozen=settings.frozen,
         buffers=settings.buffers,
     )
     return build(view, options)
 
 
-_PRECISIONS: Mapping[str, Literal["bf16", "fp16", "fp32"]] = {
+Precision = Literal["bf16", "fp16", "fp32"]
+_PRECISIONS: Mapping[str, Precision] = {
     "bfloat16": "bf16",
     "float16": "fp16",
     "float32": "fp32",
 }
 
 
-def _computed_in(view: View) -> str:
-    """The dtype that most weights of a source are computed in."""
+def _computed_in(view: View) -> Precision:
+    """What a source computes in: as it says, or as most of its weights are."""
+    for precision in _PRECISIONS.values():
+        if view.details.get("precision") == precision:
+            return precision
     weights = {key: atom for key, atom in view.atoms.items() if key.startswith(MODEL)}
     found = Counter(str(view.twins.get(key, atom).dtype) for key, atom in weights.items())
     name = found.most_common(1)[0][0].removeprefix("torch.") if found else "float32"
-    return name if name in _PRECISIONS else "float32"
+    return _PRECISIONS.get(name, "fp32")
 
 
 def _limit(settings: UcpSettings) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import threading
+from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,10 +17,26 @@ from core_ucp.view.pieces import Pieces
 
 _IN_MEMORY = -1
 """In the place of the time at which a file was written, for those that are in memory."""
+_MOST_OPEN = 256
+"""Files that are open at once: checkpoints have thousands, and processes may often open 1024."""
+
+
+class _Handle:
+    """A file that is open for reading, until nobody refers to it any more.
+
+    A thread may still read from a file that another one has pushed out of the table.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
 
 
 class Files:
-    """A table of files that are read.
+    """A table of files that are read, from any thread.
 
     Args:
         folder: that the names are relative to.
@@ -31,7 +48,7 @@ class Files:
         self.names: list[str] = []
         self._index: dict[str, int] = {}
         self._stamps: list[tuple[int, int]] = []
-        self._descriptors: dict[int, int] = {}
+        self._open: OrderedDict[int, _Handle] = OrderedDict()
         self._memory: dict[int, bytes] = {}
         self._lock = threading.Lock()
         for name in names:
@@ -64,7 +81,7 @@ class Files:
         """Index of a file in memory, which becomes part of the table.
 
         For the few tensors that no file holds as bytes, such as a step that a pickle writes as a
-        number. It has a descriptor as all others have, so that everything can be copied alike.
+        number. It is read as all others are, so that everything can be copied alike.
 
         Args:
             name: in messages; is never looked up on the disk.
@@ -84,36 +101,39 @@ class Files:
         """Bytes of a file when it was added."""
         return self._stamps[index][0]
 
-    def descriptor(self, index: int) -> int:
-        """Descriptor of a file, open for reading."""
-        with self._lock:
-            if index not in self._descriptors:
-                with disk_errors(f"cannot read {self.path(index)}"):
-                    self._descriptors[index] = self._opened(index)
-            return self._descriptors[index]
-
-    def _opened(self, index: int) -> int:
-        if index not in self._memory:
-            return os.open(self.path(index), os.O_RDONLY)
-        descriptor = os.memfd_create(self.names[index], os.MFD_CLOEXEC)
-        os.write(descriptor, self._memory[index])
-        return descriptor
-
     def read_into(self, index: int, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from byte ``offset`` of a file on.
 
         Raises:
             CheckpointError: when the file ends early, or the disk refuses.
         """
-        descriptor, view = self.descriptor(index), buffer.cast("B")
-        with disk_errors(f"cannot read {self.folder}/{self.names[index]}"):
+        view = buffer.cast("B")
+        held = self._memory.get(index)
+        if held is not None:
+            if offset + len(view) > len(held):
+                raise self._truncated(index, len(held))
+            view[:] = held[offset : offset + len(view)]
+            return
+        with disk_errors(f"cannot read {self.path(index)}"):
+            handle = self._handle(index)
             while view:
-                count = os.preadv(descriptor, [view], offset)
+                count = os.preadv(handle.descriptor, [view], offset)
                 if count == 0:
-                    raise CheckpointError(
-                        f"{self.path(index)} is truncated", why=f"it ends at byte {offset:,}"
-                    )
+                    raise self._truncated(index, offset)
                 view, offset = view[count:], offset + count
+
+    def _handle(self, index: int) -> _Handle:
+        """The open file, which is the last one to be closed."""
+        with self._lock:
+            handle = self._open.get(index) or _Handle(self.path(index))
+            self._open[index] = handle
+            self._open.move_to_end(index)
+            if len(self._open) > _MOST_OPEN:
+                self._open.popitem(last=False)
+            return handle
+
+    def _truncated(self, index: int, end: int) -> CheckpointError:
+        return CheckpointError(f"{self.path(index)} is truncated", why=f"it ends at byte {end:,}")
 
     def require(self, what: str, pieces: Pieces, itemsize: int) -> None:
         """Make sure that pieces lie inside of their files.
@@ -124,6 +144,8 @@ class Files:
         filled = pieces.take(pieces.boxes.volume > 0)
         if not len(filled):
             return
+        if (filled.stride < 0).any():
+            raise CheckpointError(f"{what} lies backwards in {self.folder}")
         reach = ((filled.boxes.size - 1) * filled.stride).sum(axis=1) + itemsize
         sizes = np.array([size for size, _ in self._stamps], np.int64)
         bad = (filled.offset < 0) | (filled.offset + reach > sizes[filled.file])
@@ -153,13 +175,6 @@ class Files:
                 )
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close what is open; what is read later is opened again."""
         with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
-
-    def __del__(self) -> None:
-        # Readers of DCP own files and have no end of their own.
-        if hasattr(self, "_lock"):
-            self.close()
+            self._open.clear()

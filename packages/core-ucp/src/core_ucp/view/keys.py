@@ -34,8 +34,11 @@ def state_key(parameter: str, state: str) -> str:
 
 
 def extra_key(name: str) -> str:
-    """Key of a tensor that is of neither: random numbers, positions in the data."""
-    return EXTRA + name
+    """Key of a tensor that is of neither: random numbers, positions in the data.
+
+    A name that is such a key already, because a conversion has kept it, stays as it is.
+    """
+    return name if name.startswith(EXTRA) else EXTRA + name
 
 
 def parse_key(key: str) -> Part | None:

@@ -15,6 +15,9 @@ from core_ucp.view.boxes import untiled
 from core_ucp.view.files import Files
 from core_ucp.view.pieces import Pieces
 
+_LARGEST = 2**62
+"""Bytes of a tensor stay below this, so that tables can count them."""
+
 Relation = Literal["elementwise", "scalar", "reduced", "opaque"]
 """How a tensor belongs to its parameter: element by element, one number, with dimensions reduced
 (the rows and columns of Adafactor), or in a way that nobody may cut (8-bit blocks, packed bits)."""
@@ -131,6 +134,8 @@ class View:
             CheckpointError: naming the atom, the range, and the file.
         """
         for key, atom in self.atoms.items():
+            if atom.numel * max(atom.dtype.itemsize, atom.stored.itemsize) >= _LARGEST:
+                raise CheckpointError(f"{key} of {self.path} is of {list(atom.shape)}")
             problem = untiled(atom.shape, atom.pieces.boxes)
             if problem:
                 raise CheckpointError(f"{self.path} does not hold {key} as a whole", why=problem)

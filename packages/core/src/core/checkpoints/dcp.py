@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 from io import BufferedWriter
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
-from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import (
     DEFAULT_SUFFIX,
     FileSystemReader,
@@ -32,14 +30,13 @@ from torch.futures import Future
 
 from core.checkpoints.blobs import Slice, locate
 from core.checkpoints.boxes import fill
+from core.checkpoints.metadata import read_metadata
 from core.disk import disk_errors, plain_name
 from core.errors import CheckpointError
 from core.storage import ByteSource, FileSource
 
 if TYPE_CHECKING:
     from core.run import Run
-
-_LARGEST_METADATA = 2**31
 
 
 def reader(path: Path, run: Run) -> DcpReader:
@@ -118,19 +115,7 @@ class DcpReader(FileSystemReader):
         self._source = source or FileSource(path)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = Path(self.path) / ".metadata"
-        with disk_errors(f"cannot read {path}"):
-            if path.stat().st_size > _LARGEST_METADATA:
-                raise CheckpointError(f"{path} is no DCP metadata", why="it is too large")
-            content = path.read_bytes()
-        try:
-            found = _MetadataUnpickler(io.BytesIO(content)).load()
-        except CheckpointError:
-            raise
-        except Exception as error:
-            raise CheckpointError(f"{path} is damaged", why=str(error)) from None
-        if not isinstance(found, Metadata):
-            raise CheckpointError(f"{path} is damaged", why="it holds no DCP metadata")
+        found = read_metadata(Path(self.path))
         if found.storage_meta is None:
             found.storage_meta = StorageMeta()
         found.storage_meta.load_id = self.load_id
@@ -185,40 +170,3 @@ def _load(blob: Slice, item: ReadItem) -> torch.Tensor:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{blob.name} is damaged", why=reason) from None
     return tensor
-
-
-_METADATA_CLASSES = {
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.filesystem",
-}
-_OTHER_CLASSES = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads DCP metadata and allows the classes that it is made of, no others."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        allowed = (module, name) in _OTHER_CLASSES
-        if module in _METADATA_CLASSES and name in _names_of(module):
-            allowed = True
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            allowed = True
-        if not allowed:
-            raise CheckpointError(
-                "the checkpoint's metadata was refused",
-                why=f"it wants to run {module}.{name}",
-                fix="do not load this checkpoint with other tools either, unless you trust it",
-            )
-        return super().find_class(module, name)
-
-
-def _names_of(module: str) -> set[str]:
-    if module == "torch.distributed.checkpoint.filesystem":
-        return {"_StorageInfo", "_StoragePrefix"}
-    return {*dcp_metadata.__all__, "_MEM_FORMAT_ENCODING"}

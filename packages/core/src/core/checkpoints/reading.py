@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from core.checkpoints.convert import detect
 from core.checkpoints.layout import MANIFEST, Manifest
 from core.checkpoints.save import root_cause
-from core.checkpoints.streaming import described
+from core.checkpoints.streaming import described, require_heeded
 from core.choice import choose
 from core.errors import CheckpointError
 
@@ -51,6 +51,7 @@ def introduce(folder: Path, run: Run) -> Introduced:
         # No rank has saved what was converted: its format has said this of it.
         return Introduced(own, translated=not own.world_size)
     found = detect(folder, run).value
+    require_heeded(folder, found, run)
     said = described(folder, found, run)
     if said is None:
         return Introduced(Manifest(0, found.name, 0, {}, {}, {}))

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader
 
 from core.checkpoints import layout
+from core.checkpoints.settings import CheckpointSettings
 from core.checkpoints.values import encode
 from core.contributions import CheckpointFormat, Progress
 from core.errors import CheckpointError
@@ -102,6 +103,7 @@ def streamed(
         CheckpointError: for a damaged source, or one with entries that are no tensors.
     """
     assert read_as.reader is not None
+    require_heeded(source, read_as, run)
     reader = read_as.reader(source, run)
     metadata = reader.read_metadata()
     reader.set_up_storage_reader(metadata, True)
@@ -172,6 +174,21 @@ def _one_chunk(tensor: TensorStorageMetadata) -> TensorStorageMetadata:
 def _bytes(tensor: TensorStorageMetadata) -> int:
     """Bytes of a whole tensor."""
     return math.prod(tensor.size) * tensor.properties.dtype.itemsize
+
+
+def require_heeded(source: Path, fmt: CheckpointFormat, run: Run) -> None:
+    """Refuse rules that the reader of a checkpoint would ignore.
+
+    Raises:
+        CheckpointError: naming the rules and the format.
+    """
+    rules = run.settings(CheckpointSettings).rules
+    if rules and not fmt.heeds_rules:
+        raise CheckpointError(
+            f"the rules {rules!r} would be ignored",
+            why=f"{source} is read as {fmt.name}, which knows where its tensors lie",
+            fix="leave `checkpoint.rules` out, or convert to a format that heeds them",
+        )
 
 
 def described(source: Path, fmt: CheckpointFormat, run: Run) -> layout.Manifest | None:

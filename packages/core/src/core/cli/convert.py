@@ -9,7 +9,7 @@ import click
 
 from core.cli.options import as_json, make_run, run_options
 from core.cli.progress import bytes_bar
-from core.cli.table import echo_json
+from core.cli.table import as_text, echo_json
 
 
 @click.command()
@@ -64,6 +64,7 @@ def convert(
             source, target, to, run, from_format=from_format, skip_objects=skip_objects
         )
         work = conversion.work
+        facts = work.describe() if dry_run else {}
         described: dict[str, Any] = {
             "source": str(source),
             "from": conversion.source_format.name,
@@ -73,7 +74,7 @@ def convert(
             "bytes": work.nbytes,
             "skipped": list(work.skipped),
             "remarks": list(work.remarks),
-            **work.describe(),
+            **facts,
             "done": not dry_run,
         }
         if not dry_run:
@@ -87,7 +88,7 @@ def convert(
     click.echo(
         f"{verb} {target}: {described['tensors']} tensors, {described['bytes']:,} bytes, {how}"
     )
-    for name, value in work.describe().items() if dry_run else ():
-        click.echo(f"  {name}: {value}")
+    for name, value in facts.items():
+        click.echo(f"  {name}: {as_text(value)}")
     for remark in work.remarks:
         click.echo(f"  note: {remark}")

@@ -26,6 +26,18 @@ def echo_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
             click.echo(" " * indent + more)
 
 
+def as_text(value: Any) -> str:
+    """A plain value in one line; what is empty is a dash."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {as_text(item)}" for key, item in value.items()) or "-"
+    if isinstance(value, list | tuple):
+        return "; ".join(map(as_text, value)) or "-"
+    if value is None or value == "":
+        return "-"
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return f"{value:,}" if whole else str(value)
+
+
 def echo_json(value: Any) -> None:
     """Print a value as indented JSON."""
     click.echo(json.dumps(_finite(value), indent=2, default=str, allow_nan=False))

@@ -194,6 +194,8 @@ def _details(content: Content, model: Model) -> dict[str, Any]:
         section = config.get(precision)
         if isinstance(section, dict) and section.get("enabled"):
             found["precision"] = precision
+    if content.folder.layers:
+        found["pipeline"] = True
     zero = config.get("zero_optimization")
     if isinstance(zero, dict) and zero.get("round_robin_gradients"):
         found["round_robin_gradients"] = True

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from core.errors import CheckpointError
-from core_ucp.view.files import Files
+from core_ucp.files.trees import number
 from core_ucp.view.view import Atom, View
 
 
@@ -31,7 +31,7 @@ def require_equal(view: View, state: str, names: Sequence[str], atoms: Sequence[
     for name, atom in zip(names, atoms, strict=True):
         place = (int(atom.pieces.file[0]), int(atom.pieces.offset[0])) if len(atom.pieces) else None
         if place is None or place not in seen:
-            found = _number(view.files, f"{state} of {name}", atom)
+            found = number(view.files, atom)
             if place is not None:
                 seen[place] = found
             first = first or (name, found)
@@ -41,15 +41,6 @@ def require_equal(view: View, state: str, names: Sequence[str], atoms: Sequence[
                     why=f"{state} is {first[1]} for one and {found} for the other",
                     fix="choose stage 0, or groups in which it is equal",
                 )
-
-
-def _number(files: Files, what: str, atom: Atom) -> int | float:
-    if atom.numel != 1 or atom.dtype.is_complex or len(atom.pieces) != 1:
-        raise CheckpointError(f"{what} is no number that a group could share")
-    buffer = bytearray(atom.dtype.itemsize)
-    files.read_into(int(atom.pieces.file[0]), int(atom.pieces.offset[0]), memoryview(buffer))
-    found: int | float = torch.frombuffer(buffer, dtype=atom.dtype)[0].item()
-    return found
 
 
 def known_step(view: View, hyper: Any) -> torch.Tensor:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from core.errors import CheckpointError, closest
+from core_ucp.sources.deepspeed.experts import is_expert
 from core_ucp.targets.deepspeed.options import DeepSpeedOptions
 from core_ucp.view.keys import parse_key
 from core_ucp.view.view import Atom, View
 
 Shape = tuple[int, ...]
+_LAYER = re.compile(r"(?:\d+|tied_modules)\.")
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ def parameters(view: View, options: DeepSpeedOptions) -> Parameters:
             states.setdefault(part.parameter, {})[part.state] = atom
         elif part is not None:
             atoms[part.parameter] = atom
+    atoms = _in_order(view, atoms)
+    _require_whole_model(view, atoms)
     _require_known(view, atoms, [*states, *options.frozen, *options.buffers, *_named_in(options)])
     frozen = {*view.details.get("frozen", ()), *options.frozen} & set(atoms)
     buffers = {*view.details.get("buffers", ()), *options.buffers} & set(atoms)
@@ -96,6 +101,27 @@ def parameters(view: View, options: DeepSpeedOptions) -> Parameters:
         unclear=tuple(name for name in rest if name not in frozen),
         remarks=_remarks(view, options, trained),
     )
+
+
+def _require_whole_model(view: View, names: Iterable[str]) -> None:
+    """Refuse models whose weights DeepSpeed looks for in files by expert or by layer."""
+    for name in names:
+        kind = "an expert of DeepSpeed" if is_expert(name) else ""
+        if view.details.get("pipeline") and _LAYER.match(name):
+            kind = "a layer of a pipeline"
+        if kind:
+            raise CheckpointError(
+                f"{name} of {view.path} is {kind}",
+                why="DeepSpeed loads those from files of their own, and only files of data-parallel"
+                " runs are made",
+                fix="rename the weights by rules to those of a model that is loaded as a whole",
+            )
+
+
+def _in_order(view: View, atoms: dict[str, Atom]) -> dict[str, Atom]:
+    """Tensors in the order of the model, where the source knows it: stage 0 is read by it."""
+    order = [name for name in view.details.get("order", ()) if name in atoms]
+    return {name: atoms[name] for name in order} if len(order) == len(atoms) else atoms
 
 
 def _require_known(view: View, atoms: Mapping[str, Atom], names: Iterable[str]) -> None:
@@ -245,7 +271,7 @@ def _remarks(view: View, options: DeepSpeedOptions, trained: Sequence[str]) -> t
         raise CheckpointError(
             f"{view.path} does not tell the order of its parameters, only their names",
             why="DeepSpeed knows parameters by their order alone",
-            fix="give the order in the options: the names of model.named_parameters()",
+            fix="give it in the options (ucp.order): the names of model.named_parameters()",
         )
     return (
         f"DeepSpeed knows parameters by their order: the {len(trained):,} trained ones are in that"
