@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from core import CheckpointFormat, Hooks, Step, hookimpl, override
+from core import CheckpointFormat, Hooks, Probe, Reading, Step, hookimpl, override
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.storage import StorageReader
@@ -61,6 +61,21 @@ class Plugin(Hooks):
             summary="Resumes the run on two ranks under FSDP2, and comes back to one process.",
             main=resume_elsewhere,
             order=20,
+        )
+
+    @override
+    @hookimpl
+    def core_probes(self) -> Iterable[Probe]:
+        yield Probe(
+            name="digests",
+            summary="How fast tensors are held against their digests.",
+            measure=digests,
+        )
+        yield Probe(
+            name="conversion",
+            summary="A conversion against cp and torch's own converter.",
+            measure=conversion,
+            slow=True,
         )
 
 
@@ -125,3 +140,17 @@ def resume_elsewhere(run: Run, tour: Any) -> Iterable[Row]:
     from core_ucp.quickstart.step import resume_elsewhere
 
     return resume_elsewhere(run, tour)
+
+
+def digests(run: Run) -> Iterable[Reading]:
+    """Measure the speed of digests."""
+    from core_ucp import probes
+
+    return probes.digests(run)
+
+
+def conversion(run: Run) -> Iterable[Reading]:
+    """Measure a conversion on the disk of the run's folder."""
+    from core_ucp import probes
+
+    return probes.conversion(run)
