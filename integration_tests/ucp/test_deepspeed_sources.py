@@ -117,6 +117,12 @@ def test_states_belong_to_parameters(lab: Lab) -> None:
                 assert atom.shape == view.atoms[MODEL + part.parameter].shape
 
 
+def test_parameters_of_a_pipeline_come_in_the_order_of_its_stages(lab: Lab) -> None:
+    view = open_view(lab.saved(CASES["pipeline"]).folder)
+    weights = [key.removeprefix(MODEL) for key in view.atoms if key.startswith(MODEL)]
+    assert list(view.resume.hyper) == weights
+
+
 def test_nothing_is_read_but_heads(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     from core_ucp.view.files import Files
 
