@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from core import (
     BATCH,
     MODEL,
     CheckpointFormat,
+    Description,
     EngineType,
     Hooks,
     ModelError,
@@ -435,6 +436,91 @@ def _never(path: Path) -> bool:
 )
 def test_formats(changed: Any, check: str, message: str) -> None:
     assert_fails(format_of(**changed), check, message)
+
+
+class _Copying:
+    """Makes safetensors files of a DCP folder, and perhaps something else of them."""
+
+    def __init__(self, source: Path, **changed: Any) -> None:
+        self.source, self.changed = source, changed
+        self.tensors, self.nbytes, self.skipped, self.remarks = 3, 12, (), ("made",)
+
+    def describe(self) -> dict[str, Any]:
+        return self.changed.get("facts", {})
+
+    def write(self, folder: Path, progress: Any) -> None:
+        from safetensors.torch import save_file
+        from torch.distributed.checkpoint import format_utils
+
+        format_utils.dcp_to_torch_save(self.source, folder / "all.pt")
+        tensors = torch.load(folder / "all.pt")
+        (folder / "all.pt").unlink()
+        tensors = {name: tensor + self.changed.get("add", 0) for name, tensor in tensors.items()}
+        if self.changed.get("short"):
+            tensors = {name.removeprefix("model."): t for name, t in tensors.items()}
+        save_file(tensors, folder / self.changed.get("name", "model.safetensors"))
+
+
+def _made(changed: dict[str, Any], **parts: Any) -> Hooks:
+    def convert(source: Path, fmt: object, run: object) -> Any:
+        if changed.get("refuse"):
+            raise CoreError("cannot be", why="it is Tuesday")
+        if changed.get("crash"):
+            raise KeyError("x")
+        return _Copying(source, **changed)
+
+    made = CheckpointFormat(
+        name="bad", summary="Holds tensors.", detect=_never, convert=convert, **parts
+    )
+    return yielding("core_checkpoints", made)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"add": 1}, "'bad' changes bits"),
+        ({"name": "model.bin"}, "nobody reads what 'bad' makes"),
+        ({"facts": {"what": object()}}, "not as JSON"),
+        ({"crash": True}, "raises KeyError, no CoreError"),
+    ],
+)
+def test_conversions_of_their_own(changed: dict[str, Any], message: str) -> None:
+    assert_fails(_made(changed), "formats.converts", message)
+
+
+@pytest.mark.parametrize("changed", [{}, {"short": True}])
+def test_conversions_that_hold_every_bit(changed: dict[str, Any]) -> None:
+    assert outcome(_made(changed), "formats.converts").status == "ok"
+
+
+def test_conversions_that_are_refused() -> None:
+    found = outcome(_made({"refuse": True}), "formats.converts")
+    assert (found.status, "it is Tuesday" in found.text) == ("skip", True)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (Description(step=-1), "step -1 is no count"),
+        (Description(values={"loader": object()}), "'bad' describes 'loader'"),
+        (Description(values={"w": torch.ones(2)}), "'w', which holds a tensor"),
+        (Description(step=3, values={"lr": 0.5}), ""),
+    ],
+)
+def test_descriptions(said: Description, message: str) -> None:
+    def describe(path: Path, run: object) -> Description:
+        return said
+
+    def detect(path: Path) -> bool:
+        return (path / "mine.safetensors").is_file()
+
+    bad = _made({"name": "mine.safetensors"})
+    (made,) = bad.core_checkpoints()
+    found = yielding("core_checkpoints", replace(made, detect=detect, describe=describe))
+    if message:
+        assert_fails(found, "formats.describes", message)
+    else:
+        assert outcome(found, "formats.describes").status == "ok"
 
 
 class _Private(FileSink):

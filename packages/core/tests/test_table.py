@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from core.cli.table import echo_json, echo_table
+from core.cli.table import as_text, echo_json, echo_table
 
 
 def test_columns_are_as_wide_as_their_widest_cell(capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,3 +44,15 @@ def test_json_takes_paths(capsys: pytest.CaptureFixture[str]) -> None:
 def test_json_has_no_numbers_that_are_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
     echo_json({"a": [float("nan"), 1.5], "b": (float("inf"),)})
     assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5], "b": [None]}
+
+
+def test_plain_values_in_one_line() -> None:
+    assert as_text({"dp": 4, "tp": 2}) == "dp 4, tp 2"
+    assert as_text(["one", ("two", 3)]) == "one; two; 3"
+    assert [as_text(value) for value in ({}, [], None, "")] == ["-"] * 4
+    assert [as_text(value) for value in (1234567, 0, True, 0.5)] == [
+        "1,234,567",
+        "0",
+        "True",
+        "0.5",
+    ]

@@ -12,6 +12,7 @@ from core.checkpoints.settings import CheckpointSettings
 from core.contributions import CheckpointFormat, ParameterRules, Progress
 from core.errors import CheckpointError, closest
 from core.hooks import Hooks
+from core.plugins import Contributed, Plugins
 from core.storage import ByteSink
 from core_ucp.execution.copying import OpenSink, execute
 from core_ucp.execution.estimating import bytes_per_second
@@ -22,7 +23,6 @@ from core_ucp.targets.registry import target_of
 from core_ucp.view.view import View
 
 if TYPE_CHECKING:
-    from core.plugins import Plugins
     from core.run import Run
     from core_ucp.layout.rules import Rules
 
@@ -153,7 +153,11 @@ def rules_named(name: str, plugins: Plugins) -> Rules:
     """
     from core_ucp.layout.toml import load, rules_from
 
-    brought = [c for c in plugins.collect(Hooks.core_models) if isinstance(c.value, ParameterRules)]
+    brought = [
+        Contributed(c.plugin, c.value)
+        for c in plugins.collect(Hooks.core_models)
+        if isinstance(c.value, ParameterRules)
+    ]
     same = [c for c in brought if name in (c.value.name, c.id)]
     if len(same) > 1:
         ids = " and ".join(c.id for c in same)

@@ -27,7 +27,7 @@ FORMATS = (
     Format("universal", "Whole tensors and one manifest: for any layout.", "safetensors"),
     Format("deepspeed", "DeepSpeed: ZeRO stages 0 to 3."),
     Format("megatron", "Megatron: torch_dist, and older mp_rank files.", "dcp"),
-    Format("torch-dcp", "A DCP folder with all that torch needs to resume.", readable=False),
+    Format("torch-dcp", "A DCP folder with all that torch needs to resume.", "dcp"),
     Format("huggingface", "A folder that from_pretrained loads.", readable=False),
     Format("accelerate", "Folders of accelerate's save_state.", made=False),
     Format("ranks", "A torch.save of every rank, as verl writes it.", made=False),

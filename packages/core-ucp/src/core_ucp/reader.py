@@ -22,7 +22,7 @@ from torch.futures import Future
 from core.checkpoints.boxes import memory
 from core.errors import CheckpointError
 from core_ucp.execution.digest import digest_of
-from core_ucp.execution.gathering import item_type, read_box
+from core_ucp.execution.gathering import item_type, read_box, scaled
 from core_ucp.view.keys import parse_key, weight_key
 from core_ucp.view.view import Atom, View
 
@@ -107,8 +107,7 @@ class UniversalReader(StorageReader):
             if tuple(read.shape) == atom.shape:
                 self._require_as_saved(key, read)
         if not direct:
-            scaled = torch.ldexp(read, torch.tensor(atom.exponent)) if atom.exponent else read
-            target.copy_(scaled.to(atom.dtype))
+            target.copy_(scaled(key, read, atom.exponent).to(atom.dtype))
 
     def _require_as_saved(self, key: str, read: torch.Tensor) -> None:
         part = parse_key(key)

@@ -11,7 +11,10 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from core.errors import CheckpointError
+from core_ucp.layout.holders import Average
+from core_ucp.layout.rules import Rule, Rules
 from core_ucp.sources.deepspeed import open_view
+from core_ucp.sources.registry import open_checkpoint
 
 INFO = {
     "universal_checkpoint_version": 0.4,
@@ -110,6 +113,28 @@ def test_averages_are_refused(
         made.zero12([parts], rank)
     with pytest.raises(CheckpointError, match="w would be averaged"):
         open_view(made.path)
+
+
+def test_averages_are_made_with_permission(
+    writer: Any,
+    values: Callable[..., dict[str, Tensor]],
+    read: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    made = writer(tmp_path_factory.mktemp("mean"), 2, 2)
+    degrees = {"pp_degree": 1, "tp_degree": 2}
+    both = [values(5, seed=rank) for rank in range(2)]
+    for rank, parts in enumerate(both):
+        made.model(rank, [{"w": parts}], checkpoint_parallel_dimensions=degrees)
+        made.zero12([{"w": parts}], rank)
+    rules = Rules((Rule("w", Average("tp")),), lossy=True)
+    view = open_checkpoint(made.path, "deepspeed", rules)
+    view.prove()
+    for state in ("", "exp_avg"):
+        key = f"optim.state.w.{state}" if state else "model.w"
+        mean = (both[0][state].double() + both[1][state].double()) / 2
+        assert torch.equal(read(view, key), mean.float()), key
+        assert f"{key} is the mean of its copies" in view.lossy
 
 
 def test_pipelines_of_tensor_parallel_stages(

@@ -70,6 +70,18 @@ def test_a_power_of_two_is_applied(by_hand: Any, tmp_path: Path) -> None:
     assert written == by_hand.octets(tensor / 8)
 
 
+@pytest.mark.parametrize("exponent", [10, -20, 200, -200])
+def test_a_power_of_two_that_loses_bits_is_refused(
+    by_hand: Any, tmp_path: Path, exponent: int
+) -> None:
+    tensor = torch.tensor([1.0, 65504.0, 6.1e-5]).half()
+    view = by_hand.stored(tmp_path / "in", tensor, by_hand.cut(0, (1,)))
+    atom = view.atoms["model.w"]
+    view.atoms["model.w"] = Atom(atom.shape, atom.dtype, atom.pieces, exponent=exponent)
+    with pytest.raises(CheckpointError, match=rf"w cannot be multiplied by 2\^{exponent}"):
+        execute(plan(view, by_hand.wanted(tensor, [0])), tmp_path / "out")
+
+
 def test_a_copy_in_the_wanted_type_is_taken_before_one_is_rounded(
     by_hand: Any, tmp_path: Path
 ) -> None:

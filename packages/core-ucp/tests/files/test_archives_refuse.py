@@ -178,8 +178,56 @@ def test_tensors_outside_of_their_storage(
 
 def test_deep_pickles_are_no_crash(tmp_path: Path) -> None:
     deep = b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b"."
-    found = opened(tmp_path, rewritten(saved(TREE), {"data.pkl": deep}))
-    assert isinstance(found, list)
+    with pytest.raises(CheckpointError, match="levels deep"):
+        opened(tmp_path, rewritten(saved(TREE), {"data.pkl": deep}))
+
+
+def doubled(times: int) -> bytes:
+    """A pickle of lists that each hold the one before twice."""
+    lists = [b"(lq\x00N\x61" + b"0"]
+    lists += [
+        b"(lq" + bytes([n]) + b"(" + 2 * (b"h" + bytes([n - 1])) + b"e0" for n in range(1, times)
+    ]
+    return b"\x80\x02" + b"".join(lists) + b"h" + bytes([times - 1]) + b"."
+
+
+def test_a_pickle_that_multiplies_itself(tmp_path: Path) -> None:
+    few = opened(tmp_path, rewritten(saved(TREE), {"data.pkl": doubled(3)}))
+    assert few == [[[None], [None]], [[None], [None]]]
+    with pytest.raises(CheckpointError, match="values on"):
+        opened(tmp_path, rewritten(saved(TREE), {"data.pkl": doubled(60)}))
+
+
+def test_a_pickle_that_holds_itself(tmp_path: Path) -> None:
+    own = b"\x80\x02(lq\x00h\x00a."
+    with pytest.raises(CheckpointError, match="holds itself"):
+        opened(tmp_path, rewritten(saved(TREE), {"data.pkl": own}))
+
+
+@pytest.mark.parametrize("field", ["stride", "first", "shape", "storage"])
+def test_a_tensor_whose_numbers_are_set_after_they_were_checked(field: str, tmp_path: Path) -> None:
+    class Later:
+        def __reduce__(self) -> tuple[Any, ...]:
+            call = torch.ones(4, 4).__reduce_ex__(2)
+            return call[0], call[1], {field: (-1, 1)}
+
+    with pytest.raises(CheckpointError, match="no object with a state"):
+        opened(tmp_path, saved({"w": Later()}))
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride"), [((2**32, 2**32), (0, 0)), ((0, 2**70), (1, 1)), ((1,), (2**62,))]
+)
+def test_sizes_that_no_table_can_hold(
+    shape: tuple[int, ...], stride: tuple[int, ...], tmp_path: Path
+) -> None:
+    class Large:
+        def __reduce__(self) -> tuple[Any, ...]:
+            function, arguments = torch.ones(1).__reduce_ex__(2)[:2]
+            return function, (*arguments[:2], shape, stride, *arguments[4:])
+
+    with pytest.raises(CheckpointError, match="no count|with steps of"):
+        opened(tmp_path, saved({"w": Large()}))
 
 
 CONTENT = saved(TREE)

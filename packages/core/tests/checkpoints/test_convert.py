@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import pickle
 import resource
@@ -177,6 +178,31 @@ def test_hostile_metadata_runs_nothing(
         with pytest.raises(core.CheckpointError):
             convert.plan(folder, tmp_path / "out", "safetensors", run)
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "name"),
+    [
+        ("torch.distributed.checkpoint.metadata", "Metadata", "__init__"),
+        ("torch.distributed.checkpoint.metadata", "MetadataIndex", "__hash__"),
+        ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING", "new"),
+        ("pathlib", "PosixPath", "is_file"),
+    ],
+)
+def test_metadata_cannot_change_classes(
+    module: str, kind: str, name: str, run: core.Run, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    found = getattr(importlib.import_module(module), kind)
+    before = getattr(found, name, None)
+    text = name.encode()
+    build = f"c{module}\n{kind}\n".encode() + b"(N}X" + len(text).to_bytes(4, "little") + text
+    content = b"\x80\x02" + build + b"ctorch\nSize\nstb." if name == "new" else b""
+    content = content or b"\x80\x02" + build + b"Nstb."
+    (tmp_path / "in" / ".metadata").write_bytes(content)
+    with pytest.raises(core.CheckpointError, match="wants to change"):
+        convert.plan(tmp_path / "in", tmp_path / "out", "safetensors", run)
+    assert getattr(found, name, None) is before
 
 
 @pytest.mark.parametrize(

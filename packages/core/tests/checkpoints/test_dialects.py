@@ -11,6 +11,7 @@ import torch
 import core
 from core.builtin import Builtin
 from core.checkpoints.convert import detect, plan
+from core.checkpoints.streaming import Streamed
 from core.contributions import CheckpointFormat
 from core.discovery import plugins_from
 from core.testing.fixtures import make_run
@@ -98,4 +99,5 @@ def test_the_extended_format_reads_a_dialect_when_it_is_named(folder: Path) -> N
     with make_run(folder.parent / "other", plugins=plugins) as run:
         conversion = plan(folder, folder.parent / "out", "dcp", run, from_format="dcp")
     assert conversion.source_format.name == "dcp"
-    assert "x" in conversion.tensors
+    assert isinstance(conversion.work, Streamed)
+    assert "x" in conversion.work.entries

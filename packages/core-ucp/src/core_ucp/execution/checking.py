@@ -121,7 +121,7 @@ def require_equal_copies(view: View, key: str, atom: Atom) -> None:
             raise CheckpointError(
                 f"the copies of {key} differ",
                 why=f"{view.files.names[int(copies.file[row])]} has other bits than the first copy",
-                fix="a rule can choose one copy, or average them",
+                fix="where they were trained apart, a rule can average them",
             )
 
 

@@ -19,7 +19,7 @@ from core.errors import CheckpointError
 from core.storage import ByteSink, FileSink
 from core_ucp.execution.checking import require_equal_copies
 from core_ucp.execution.digest import Digest, digest_of
-from core_ucp.execution.gathering import Items, item_type, read_pieces
+from core_ucp.execution.gathering import Items, item_type, read_pieces, scaled
 from core_ucp.execution.planning import BLOCK, Copies, Plan
 from core_ucp.view.boxes import Table
 from core_ucp.view.pieces import row_major
@@ -68,7 +68,7 @@ def execute(
         _in_threads(job.do, _batches(plan), workers or min(2, os.cpu_count() or 1))
         plan.view.files.require_unchanged()
         _require_as_saved(plan, digests.found)
-        for key in digests.found:
+        for key in dict.fromkeys(copies.wanted.key for copies in plan.copies):
             require_equal_copies(plan.view, key, plan.view.atoms[key])
         sinks.commit()
     except BaseException:
@@ -249,7 +249,7 @@ class _Job:
             kept = self.memory.octets("raw", int(np.prod(shape, dtype=np.int64)) * size)
             raw = _shaped(kept, size, shape)
             read_pieces(files, parts, corner, raw)
-            _convert(raw, source, wanted, into)
+            _convert(copies.wanted.key, raw, source, wanted, into)
         if copies.digested:
             self.digests.add(copies.wanted.key, _digest(into, wanted, start, shape))
 
@@ -263,11 +263,10 @@ def _shaped(octets: NDArray[np.uint8], itemsize: int, shape: list[int]) -> Items
     return np.ndarray(tuple(shape), kind, octets.data) if octets.size else np.empty(shape, kind)
 
 
-def _convert(raw: Items, source: Atom, wanted: Atom, into: NDArray[np.uint8]) -> None:
+def _convert(key: str, raw: Items, source: Atom, wanted: Atom, into: NDArray[np.uint8]) -> None:
     """Round to the wanted dtype, to nearest even and straight from the source's."""
     values: Any = torch.from_numpy(raw.reshape(-1).view(np.uint8)).view(source.stored)
-    if source.exponent:
-        values = torch.ldexp(values, torch.tensor(source.exponent))
+    values = scaled(key, values, source.exponent)
     into[...] = values.to(source.dtype).to(wanted.dtype).view(torch.uint8).numpy()
 
 

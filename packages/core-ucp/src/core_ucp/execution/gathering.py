@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
+from core.errors import CheckpointError
 from core_ucp.view.boxes import Boxes, overlaps
 from core_ucp.view.files import Files
 from core_ucp.view.pieces import Pieces
@@ -27,6 +29,25 @@ _RUN = 4096
 def item_type(itemsize: int) -> np.dtype[Any]:
     """A numpy type for elements of that many bytes."""
     return np.dtype(f"u{itemsize}" if itemsize in (1, 2, 4, 8) else f"V{itemsize}")
+
+
+def scaled(key: str, values: torch.Tensor, exponent: int) -> torch.Tensor:
+    """Elements of an atom times two to a power.
+
+    Raises:
+        CheckpointError: when some leave the range of their dtype, naming the atom.
+    """
+    if not exponent:
+        return values
+    factor = torch.tensor(exponent, dtype=torch.float64)
+    found = torch.ldexp(values, factor).to(values.dtype)
+    back = torch.ldexp(found, -factor).to(values.dtype)
+    if bool(((back != values) & ~values.isnan()).any()):
+        raise CheckpointError(
+            f"{key} cannot be multiplied by 2^{exponent}",
+            why=f"some of its elements leave the range of {values.dtype}",
+        )
+    return found
 
 
 def read_box(files: Files, atom: Atom, start: Sequence[int], into: Items) -> int:

@@ -19,8 +19,8 @@ import torch
 
 from core.disk import disk_errors, sync
 from core.errors import CheckpointError
+from core_ucp.files.new_file import NewFile
 from core_ucp.files.new_pickles import Room, pickled
-from core_ucp.targets.target import NewFile
 
 _ALIGNMENT = 64
 _BLOCK = 8 << 20

@@ -26,6 +26,7 @@ _LARGEST = 2**62
 """Sizes, strides and bytes of tensors stay below this, so that tables can hold them."""
 _DEEPEST = 200
 """Levels of dictionaries, lists and objects inside of each other."""
+_HOLDERS = (dict, list, tuple, set, Inert)
 _MOST_VALUES = 2**25
 """Values of a tree when what stands in several places is counted at each of them."""
 
@@ -139,7 +140,7 @@ def _inside(value: Any) -> Iterable[Any]:
             inner = (value.arguments, value.state, value.items)
         case _:
             inner = ()
-    return [each for each in inner if isinstance(each, dict | list | tuple | set | Inert)]
+    return [each for each in inner if isinstance(each, _HOLDERS)]
 
 
 def _inert_class(full: str) -> type[Inert]:

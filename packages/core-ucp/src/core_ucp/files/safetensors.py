@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from core.checkpoints.safetensors import DTYPES, Entry, read_entries
+from core.checkpoints.safetensors import DTYPES, Entry, read_header
 from core.errors import CheckpointError
 from core.storage import FileSource
-from core_ucp.targets.target import NewFile
+from core_ucp.files.new_file import NewFile
 from core_ucp.view import pieces as places
 from core_ucp.view.files import Files
 from core_ucp.view.pieces import Pieces
@@ -67,8 +67,8 @@ def read_tensors(folder: Path, names: Sequence[str], table: Files | None = None)
     for name in names:
         index = files.add(name)
         path = files.path(index)
-        entries = read_entries(path, FileSource(path))
-        offsets = _offsets(path)
+        entries, text = _header_of(path)
+        offsets = _offsets(path, text.get(_SHARDING))
         sharded |= offsets is not None
         for key, entry in entries.items():
             start = (offsets or {}).get(key, (0,) * len(entry.shape))
@@ -76,6 +76,14 @@ def read_tensors(folder: Path, names: Sequence[str], table: Files | None = None)
     if not sharded:
         _refuse_doubles(files, parts)
     return Tensors(files, {key: _atom(files, key, found) for key, found in parts.items()}, sharded)
+
+
+def _header_of(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    source = FileSource(path)
+    try:
+        return read_header(path.name, source)
+    finally:
+        source.close()
 
 
 def _refuse_doubles(files: Files, parts: Mapping[str, Sequence[_Part]]) -> None:
@@ -106,34 +114,8 @@ def _atom(files: Files, key: str, parts: Sequence[_Part]) -> Atom:
     return Atom(shape, dtype, places.join([*once.values()]), replicas=replicas)
 
 
-def read_header(path: Path) -> dict[str, str]:
-    """The free text in the header of a file.
-
-    Raises:
-        CheckpointError: when the header is damaged.
-    """
-    source = FileSource(path)
-    try:
-        length = bytearray(8)
-        source.read_into(path.name, 0, length)
-        count = int.from_bytes(length, "little")
-        if count > path.stat().st_size - 8:
-            raise CheckpointError(f"{path} is damaged", why=f"its header claims {count:,} bytes")
-        text = bytearray(count)
-        source.read_into(path.name, 8, text)
-        found: Any = json.loads(text)["__metadata__"]
-        return {str(key): str(value) for key, value in found.items()}
-    except KeyError:
-        return {}
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} has a damaged header", why=str(error)) from None
-    finally:
-        source.close()
-
-
-def _offsets(path: Path) -> dict[str, tuple[int, ...]] | None:
+def _offsets(path: Path, text: str | None) -> dict[str, tuple[int, ...]] | None:
     """First index of every part of a tensor, where DCP says that the file holds parts."""
-    text = read_header(path).get(_SHARDING)
     if text is None:
         return None
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -89,8 +89,6 @@ class Merge(Lens):
                 groups = pattern.groups(name)
                 if groups is not None:
                     found.setdefault(filled(self.to, groups), {})[index] = name
-        old: list[list[str]] = []
-        new: list[Parameters] = []
         for target, names in found.items():
             lacking = sorted(set(range(len(patterns))) - set(names))
             if lacking:
@@ -99,15 +97,7 @@ class Merge(Lens):
                     why=f"{next(iter(names.values()))} is there, and nothing matches"
                     f" {self.match[lacking[0]]!r}",
                 )
-            order = [names[index] for index in range(len(patterns))]
-            made = changed(
-                [parameters[name] for name in order],
-                [target],
-                partial(self._join, target),
-            )
-            old.append(sorted(order, key=list(parameters).index))
-            new.append(made)
-        return replaced(parameters, old, new)
+        return _united(parameters, found, self._join)
 
     def inverse(self) -> Split:
         patterns = [Pattern(text, self.regex) for text in self.match]
@@ -166,23 +156,13 @@ class Stack(Lens):
                         f"{name} cannot be stacked", why=f"{self.group!r} counts nothing in it"
                     )
                 found.setdefault(filled(self.to, groups), {})[int(number)] = name
-        old: list[list[str]] = []
-        new: list[Parameters] = []
         for target, names in found.items():
             if set(names) != set(range(len(names))):
                 lacking = min(set(range(len(names))) - set(names))
                 raise CheckpointError(
                     f"{target} cannot be stacked", why=f"number {lacking} of it is missing"
                 )
-            order = [names[index] for index in range(len(names))]
-            made = changed(
-                [parameters[name] for name in order],
-                [target],
-                partial(self._join, target),
-            )
-            old.append(sorted(order, key=list(parameters).index))
-            new.append(made)
-        return replaced(parameters, old, new)
+        return _united(parameters, found, self._join)
 
     def inverse(self) -> Unstack:
         pattern = Pattern(self.match, self.regex)
@@ -243,6 +223,28 @@ class Unstack(Lens):
         pattern = Pattern(self.match, self.regex)
         back = pattern.inverse(self.to, {self.group: r"\d+"})
         return Stack(back.text, pattern.template(), self.group, self.dim, self.regex)
+
+
+def _united(
+    parameters: Parameters,
+    found: Mapping[str, Mapping[int, str]],
+    join: Callable[[str, Sequence[Atom], str], Sequence[Atom]],
+) -> Parameters:
+    """All parameters, with those that become one joined.
+
+    Args:
+        parameters: before the change.
+        found: names of the parts by their numbers from zero on, by the name of the joined one.
+        join: makes an atom of those of one role, for the name of the joined one.
+    """
+    place = {name: index for index, name in enumerate(parameters)}
+    old: list[list[str]] = []
+    new: list[Parameters] = []
+    for target, names in found.items():
+        parts = [parameters[names[index]] for index in range(len(names))]
+        old.append(sorted(names.values(), key=place.__getitem__))
+        new.append(changed(parts, [target], partial(join, target)))
+    return replaced(parameters, old, new)
 
 
 def _widths(atom: Atom, name: str, dim: int, parts: tuple[int, ...], count: int) -> list[int]:

@@ -13,6 +13,9 @@ import numpy as np
 from core.errors import CheckpointError, closest
 from core_ucp.view.boxes import Table
 
+_MOST_RANKS = 2**20
+"""Ranks of a mesh: what a file says of its mesh must not fill the memory with coordinates."""
+
 Coordinate = tuple[int, ...]
 """Position of a rank on every axis of a mesh, in the order of the axes."""
 
@@ -27,7 +30,8 @@ class Mesh:
             changes fastest; the order of ``axes`` unless given.
 
     Raises:
-        CheckpointError: for an axis without a rank, and for an order of other axes.
+        CheckpointError: for an axis without a rank, more ranks than any machine has, and an order
+            of other axes.
 
     Example:
         >>> mesh = Mesh({"tp": 2, "pp": 3}, order=("pp", "tp"))
@@ -44,6 +48,8 @@ class Mesh:
         for name, size in axes.items():
             if not name or size < 1:
                 raise CheckpointError(f"axis {name!r} of a mesh has {size} ranks")
+        if math.prod(axes.values()) > _MOST_RANKS:
+            raise CheckpointError(f"a mesh of {list(axes.values())} has too many ranks")
         if sorted(order) != sorted(axes):
             raise CheckpointError(
                 f"the order {list(order)} of a mesh does not name each axis of {list(axes)} once"

@@ -18,6 +18,9 @@ empty (``torch.chunk``, DTensor); into shares that differ by one at most, the la
 (``torch.tensor_split``, DeepSpeed's AutoTP); into the given sizes; or into those that are found in
 a checkpoint, whatever they are."""
 
+_MOST_BLOCKS = 2**20
+"""Blocks of a strided shard: its factor can be from a file."""
+
 
 @dataclass(frozen=True)
 class Shard(Layout):
@@ -70,7 +73,7 @@ class StridedShard(Layout):
     factor: int
 
     def __post_init__(self) -> None:
-        if self.factor < 1:
+        if not 1 <= self.factor <= _MOST_BLOCKS:
             raise CheckpointError(f"{self} cuts a dimension into {self.factor} blocks")
 
     def divide(self, holding: Holding) -> Holding:

@@ -6,17 +6,16 @@ in ``optimizer.bin``, ``optimizer.pt``, or a DCP folder of its own.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.disk import disk_errors
 from core.errors import CheckpointError
 from core_ucp.files.distcp import Objects, read_stored
 from core_ucp.files.metadata import METADATA
+from core_ucp.files.texts import read_json
 from core_ucp.files.trees import Leaves, walk
 from core_ucp.sources.full import INDEX, WEIGHTS, bin_files, read_leaves
 from core_ucp.sources.huggingface import open_tensors
@@ -167,12 +166,7 @@ class _Folder:
             self.leaves |= walk(objects.read(key, blob), stored.paths.get(key, (key,)))
 
     def _trainer(self, path: Path) -> None:
-        with disk_errors(f"cannot read {path}"):
-            text = path.read_bytes()
-        try:
-            found: Any = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is damaged", why=str(error)) from None
+        found: Any = read_json(path)
         if isinstance(found, Mapping):
             self.leaves[("trainer_state",)] = found
             if isinstance(found.get("global_step"), int):

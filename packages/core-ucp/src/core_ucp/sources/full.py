@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.disk import disk_errors, plain_name
 from core.errors import CheckpointError
 from core_ucp.files.archives import holds_mapping, read_archive
 from core_ucp.files.pickles import Inert
+from core_ucp.files.texts import read_weight_map
 from core_ucp.files.trees import Leaves, atoms_of, dotted, walk
 from core_ucp.sources.relations import tied
 from core_ucp.sources.sections import arrange
@@ -91,13 +90,7 @@ def bin_files(folder: Path) -> list[str]:
     index = folder / INDEX
     if not index.is_file():
         return [WEIGHTS]
-    with disk_errors(f"cannot read {index}"):
-        text = index.read_bytes()
-    try:
-        named = json.loads(text)["weight_map"].values()
-        names = sorted({plain_name(str(name)) for name in named})
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} is damaged", why=str(error)) from None
+    names = sorted({*read_weight_map(index).values()})
     for name in names:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing", why=f"{INDEX} names it")

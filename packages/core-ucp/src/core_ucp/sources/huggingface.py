@@ -6,16 +6,14 @@ every rank has left its parts, and the safetensors format of core.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.checkpoints.layout import MANIFEST, Manifest
-from core.disk import disk_errors, plain_name
 from core.errors import CheckpointError
 from core_ucp.files.safetensors import SUFFIX, Tensors, read_tensors
+from core_ucp.files.texts import read_weight_map
 from core_ucp.files.trees import Leaves
 from core_ucp.sources.dcp import manifest_values
 from core_ucp.sources.sections import arrange
@@ -106,7 +104,7 @@ def open_tensors(path: Path, files: Files) -> tuple[Tensors, list[str]]:
 
 def _indexed(index: Path, present: list[str], files: Files) -> tuple[Tensors, list[str]]:
     """The tensors that an index names, in the files where it says they are."""
-    weights = _weight_map(index)
+    weights = read_weight_map(index)
     wanted = sorted({*weights.values()})
     missing = [name for name in wanted if name not in present]
     if missing:
@@ -127,16 +125,6 @@ def _indexed(index: Path, present: list[str], files: Files) -> tuple[Tensors, li
     if unknown:
         remarks.append(f"{index.name} does not name {', '.join(unknown[:5])}, which are there")
     return found, remarks
-
-
-def _weight_map(index: Path) -> Mapping[str, str]:
-    with disk_errors(f"cannot read {index}"):
-        text = index.read_bytes()
-    try:
-        pairs = json.loads(text)["weight_map"].items()
-        return {str(key): plain_name(str(name)) for key, name in pairs}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} is damaged", why=str(error)) from None
 
 
 def _require_all(path: Path, present: list[str]) -> None:

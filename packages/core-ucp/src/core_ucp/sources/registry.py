@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -68,6 +69,7 @@ SOURCES = (
     Source("accelerate", "Folders of accelerate's save_state.", f"{_PACKAGE}.accelerate"),
     Source("ranks", "A torch.save per rank, as verl writes it.", f"{_PACKAGE}.ranks"),
     Source("torch-save", "One torch.save of a whole state.", f"{_PACKAGE}.full"),
+    Source("torch-dcp", "Folders of DCP with plain values.", f"{_PACKAGE}.torch_dcp", "dcp"),
     Source("dcp", "Folders of torch.distributed.checkpoint.", f"{_PACKAGE}.dcp"),
     Source("safetensors", "Safetensors files of Hugging Face.", f"{_PACKAGE}.huggingface"),
 )
@@ -79,7 +81,9 @@ def named(name: str) -> Source | None:
     return next((source for source in SOURCES if source.name == name), None)
 
 
-def open_checkpoint(path: Path, name: str = "auto", rules: Rules | None = None) -> View:
+def open_checkpoint(
+    path: str | os.PathLike[str], name: str = "auto", rules: Rules | None = None
+) -> View:
     """Open whatever checkpoint is at a path.
 
     Args:
@@ -90,6 +94,7 @@ def open_checkpoint(path: Path, name: str = "auto", rules: Rules | None = None) 
     Raises:
         CheckpointError: when it is of no known kind, damaged, or incomplete.
     """
+    path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     if name != "auto":

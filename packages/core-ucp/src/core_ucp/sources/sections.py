@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,32 +16,17 @@ from typing import Any
 
 from core.errors import CheckpointError
 from core_ucp.files.trees import Leaves, Path, dotted, nest, number
+from core_ucp.sources.optimizers import Optimizer, find_optimizers
 from core_ucp.sources.order import names_by_index
 from core_ucp.sources.relations import distinct, relation
 from core_ucp.view.files import Files
 from core_ucp.view.keys import bare, extra_key, state_key, weight_key
 from core_ucp.view.view import Atom, Resume
 
-_STATES = {
-    "exp_avg",
-    "exp_avg_sq",
-    "max_exp_avg_sq",
-    "exp_avg_sq_row",
-    "exp_avg_sq_col",
-    "exp_inf",
-    "momentum_buffer",
-    "square_avg",
-    "acc_delta",
-    "sum",
-    "step",
-}
-"""State tensors by which an optimizer is known that comes without its groups."""
 _MODELS = ("model", "module", "state_dict", "model_state_dict", "net", "network", "weights")
 _SCHEDULERS = ("scheduler", "lr_scheduler", "lr_schedulers", "sched")
 _SCALERS = ("scaler", "grad_scaler", "loss_scaler")
 _STEPS = ("step", "global_step", "global_steps", "train_step", "iteration")
-_GROUPS = re.compile(r"(?:^|.*?\.)(?=param_groups(?:\.|$))")
-_STATE = re.compile(r"(?:^|.*?\.)(?=state\..)")
 
 
 @dataclass
@@ -52,27 +36,6 @@ class Arranged:
     atoms: dict[str, Atom] = field(default_factory=dict)
     resume: Resume = field(default_factory=Resume)
     remarks: list[str] = field(default_factory=list)
-
-
-@dataclass
-class _Optimizer:
-    """The leaves of one optimizer: tensors by (parameter, state), groups and values by name."""
-
-    states: dict[tuple[str, str], Atom] = field(default_factory=dict)
-    groups: dict[int, dict[str, Any]] = field(default_factory=dict)
-    hyper: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def numbered(self) -> bool:
-        """Whether parameters are numbers and not names."""
-        stepped = {name for name, _ in self.states}
-        listed = {str(name) for g in self.groups.values() for name in g.get("params", [])}
-        return all(name.isdigit() for name in stepped or listed) and bool(stepped or listed)
-
-    @property
-    def tells_names(self) -> bool:
-        """Whether its groups name the parameters that they number."""
-        return bool(self.groups) and all("param_names" in group for group in self.groups.values())
 
 
 def arrange(
@@ -105,15 +68,7 @@ def arrange(
             "two entries have the same name", why="their dots cannot be told apart"
         )
     flat = {key: leaves[path] for key, path in paths.items()}
-    roots = _roots(flat)
-    optimizers = {root: _Optimizer() for root in roots}
-    rest: dict[str, Any] = {}
-    for key, leaf in flat.items():
-        root = next((r for r in roots if _belongs(key, r)), None)
-        if root is None:
-            rest[key] = leaf
-        else:
-            _sort_in(files, optimizers[root], key.removeprefix(root), leaf)
+    optimizers, rest = find_optimizers(files, flat)
     tensors = {key: leaf for key, leaf in rest.items() if isinstance(leaf, Atom)}
     bare_names = weights and not optimizers
     prefix = "" if bare_names else _model(tensors, paths, optimizers.values(), named)
@@ -129,47 +84,10 @@ def arrange(
     return found
 
 
-def _roots(flat: Mapping[str, Any]) -> list[str]:
-    """Prefixes of the optimizers, the longest first."""
-    found = {match.group() for key in flat if (match := _GROUPS.match(key))}
-    for key, leaf in flat.items():
-        match = _STATE.match(key)
-        if match and isinstance(leaf, Atom) and key.rpartition(".")[2] in _STATES:
-            found.add(match.group())
-    return sorted(found, key=len, reverse=True)
-
-
-def _belongs(key: str, root: str) -> bool:
-    rest = key.removeprefix(root)
-    return key.startswith(root) and (
-        rest.startswith(("state.", "param_groups.")) or rest == "param_groups"
-    )
-
-
-def _sort_in(files: Files, optimizer: _Optimizer, key: str, leaf: Any) -> None:
-    """Put a leaf where it belongs in an optimizer."""
-    section, _, rest = key.partition(".")
-    parameter, _, name = rest.rpartition(".")
-    if section == "state":
-        if isinstance(leaf, Atom):
-            optimizer.states[parameter, name] = leaf
-        else:
-            optimizer.hyper.setdefault(parameter, {})[name] = leaf
-        return
-    if section == key:
-        optimizer.groups |= dict(enumerate(leaf))
-        return
-    value = number(files, leaf) if isinstance(leaf, Atom) else leaf
-    if parameter.isdigit():
-        optimizer.groups.setdefault(int(parameter), {})[name] = value
-    else:
-        optimizer.hyper.setdefault(parameter, {})[name] = value
-
-
 def _model(
     tensors: Mapping[str, Atom],
     paths: Mapping[str, Path],
-    optimizers: Iterable[_Optimizer],
+    optimizers: Iterable[Optimizer],
     named: bool,
 ) -> str | None:
     """Prefix of the model's keys, or ``None`` where an optimizer comes without its model."""
@@ -209,7 +127,7 @@ def _weights(found: Arranged, tensors: Mapping[str, Atom], prefix: str | None) -
     return model
 
 
-def _keep(found: Arranged, root: str, optimizer: _Optimizer) -> None:
+def _keep(found: Arranged, root: str, optimizer: Optimizer) -> None:
     """Keep states that nobody can name."""
     for (index, state), atom in optimizer.states.items():
         found.atoms[extra_key(f"{root}state.{index}.{state}")] = atom
@@ -219,7 +137,7 @@ def _keep(found: Arranged, root: str, optimizer: _Optimizer) -> None:
     )
 
 
-def _add(found: Arranged, optimizer: _Optimizer, model: Mapping[str, Atom]) -> None:
+def _add(found: Arranged, optimizer: Optimizer, model: Mapping[str, Atom]) -> None:
     """Add the states of an optimizer, and the hyper-parameters of its groups by name."""
     groups = [optimizer.groups[index] for index in sorted(optimizer.groups)]
     names = {name: _known(name, model) for name, _ in optimizer.states}
@@ -249,12 +167,12 @@ def _add(found: Arranged, optimizer: _Optimizer, model: Mapping[str, Atom]) -> N
 
 def _numbers(
     found: Arranged,
-    optimizer: _Optimizer,
+    optimizer: Optimizer,
     groups: Sequence[Mapping[str, Any]],
     model: Mapping[str, Atom],
 ) -> dict[str, str]:
     """Names of the parameters by their numbers."""
-    by_index = names_by_index(groups, _shapes(optimizer), distinct(model))
+    by_index = names_by_index(groups, optimizer.shapes, distinct(model))
     if not optimizer.tells_names:
         found.remarks.append("the optimizer's numbers were matched with names by order and shape")
     return {str(index): _known(name, model) for index, name in by_index.items()}
@@ -263,16 +181,6 @@ def _numbers(
 def _known(name: str, model: Mapping[str, Atom]) -> str:
     """A parameter's name as the model has it."""
     return name if name in model else bare(name)
-
-
-def _shapes(optimizer: _Optimizer) -> dict[int, tuple[int, ...]]:
-    """Shapes of parameters by number, as their states show them."""
-    whole = {"exp_avg", "momentum_buffer", "square_avg", "sum", "exp_avg_sq"}
-    found: dict[int, tuple[int, ...]] = {}
-    for (name, state), atom in optimizer.states.items():
-        if state in whole or (int(name) not in found and atom.shape):
-            found[int(name)] = atom.shape
-    return found
 
 
 def _resume(files: Files, found: Arranged, values: Any, known: int | None) -> Resume:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 from pydantic import TypeAdapter
 
@@ -97,7 +97,12 @@ def _atom(
 
 def _resume(folder: Path, manifest: Manifest) -> Resume:
     try:
+        kinds = get_type_hints(Resume)
         found = {name: decode(value, {}) for name, value in manifest.resume.items()}
-        return TypeAdapter(Resume).validate_python(found, strict=True)
-    except (TypeError, ValueError, KeyError) as error:
+        return Resume(**{n: _strictly(kinds[n], value) for n, value in found.items()})
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder / NAME} is damaged", why=f"resume: {error}") from None
+
+
+def _strictly(kind: Any, value: Any) -> Any:
+    return TypeAdapter(kind).validate_python(value, strict=True)

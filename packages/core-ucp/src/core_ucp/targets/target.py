@@ -6,33 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.errors import CheckpointError
+from core_ucp.files.new_file import NewFile as NewFile
 from core_ucp.view.view import Atom
 
 Digests = Mapping[str, str]
 """Layout-invariant digest of every converted atom, by key; see :mod:`core_ucp.execution.digest`."""
-
-
-@dataclass(frozen=True)
-class NewFile:
-    """A file to be made.
-
-    Attributes:
-        name: relative to the target folder, with ``/`` between folders.
-        size: bytes; what nothing is written to stays zero.
-        parts: (offset, bytes) of headers, pickles and directories.
-
-    Raises:
-        CheckpointError: for a name that leaves the target folder: parts of names are from sources.
-    """
-
-    name: str
-    size: int
-    parts: tuple[tuple[int, bytes], ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.name.startswith("/") or ".." in self.name.split("/"):
-            raise CheckpointError(f"{self.name!r} leaves the folder that is made")
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,18 +30,23 @@ class Translation:
         values: its encoded plain values.
         original: the checkpoint's own name of every tensor in ``saved``.
         kept: names of hyper-parameters that the checkpoint lacks; those of the state stay.
+        unknown: names of hyper-parameters that the state's optimizers do not have.
     """
 
     saved: Set[str]
     values: Mapping[str, Encoded]
     original: Mapping[str, str] = field(default_factory=dict)
     kept: Set[str] = frozenset()
+    unknown: Set[str] = frozenset()
 
     def remarks(self) -> list[str]:
         """What the user should know."""
-        if not self.kept:
-            return []
-        return [f"it does not say {', '.join(sorted(self.kept))}: the optimizer's own stay"]
+        found = []
+        if self.kept:
+            found.append(f"it does not say {_sorted(self.kept)}: the optimizer's own stay")
+        if self.unknown:
+            found.append(f"it says {_sorted(self.unknown)}: no optimizer of the state has that")
+        return found
 
 
 def translate(state: State, saved: Iterable[str], values: Mapping[str, Encoded]) -> Translation:
@@ -60,10 +65,22 @@ def translate(state: State, saved: Iterable[str], values: Mapping[str, Encoded])
     names = {_foreign(name, parts): name for name in [*live.tensors, *live.values]}
     original = {names.get(name) or _stranger(name, parts): name for name in saved}
     known = {names.get(name) or _stranger(name, parts): value for name, value in values.items()}
+    strange = {n for n in [*original, *known] if _HYPER in n and n not in live.values}
+    original = {name: own for name, own in original.items() if name not in strange}
+    known = {name: value for name, value in known.items() if name not in strange}
     hyper = (name for name in live.values if _HYPER in name and name not in known)
     lacking = {name: live.values[name] for name in hyper}
-    kept = {name.rpartition(".")[2] for name in lacking}
-    return Translation(set(original), known | lacking, original, kept)
+    # A state without optimizers has no use for any of them, and that is no news.
+    unknown = _last(strange) if any(isinstance(part, Optimizer) for part in state.values()) else ()
+    return Translation(set(original), known | lacking, original, _last(lacking), set(unknown))
+
+
+def _last(names: Iterable[str]) -> set[str]:
+    return {name.rpartition(".")[2] for name in names}
+
+
+def _sorted(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
 
 
 def _parts(state: State) -> dict[str, tuple[str, str]]:

@@ -54,7 +54,7 @@ def introduce(folder: Path, run: Run) -> Introduced:
     require_heeded(folder, found, run)
     said = described(folder, found, run)
     if said is None:
-        return Introduced(Manifest(0, found.name, 0, {}, {}, {}))
+        said = Manifest(0, found.name, 0, {}, {}, {})
     return Introduced(said, translated=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,14 +145,22 @@ def read_entries(path: Path, source: ByteSource) -> dict[str, Entry]:
         raise CheckpointError(f"{path} has no safetensors file")
     entries: dict[str, Entry] = {}
     for name in files:
-        for key, entry in _read_header(path, name, source):
+        for key, entry in read_header(name, source)[0].items():
             if key in entries:
                 raise CheckpointError(f"{path} has {key!r} in {entries[key].file} and {name}")
             entries[key] = entry
     return entries
 
 
-def _read_header(path: Path, name: str, source: ByteSource) -> Iterator[tuple[str, Entry]]:
+def read_header(name: str, source: ByteSource) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Read and check the header of one file.
+
+    Returns:
+        the tensors by name, and the free text of the header.
+
+    Raises:
+        CheckpointError: for a header that is damaged, hostile, or does not fit the file's size.
+    """
     size = source.size(name)
     length = bytearray(8)
     source.read_into(name, 0, length)
@@ -163,18 +171,18 @@ def _read_header(path: Path, name: str, source: ByteSource) -> Iterator[tuple[st
     source.read_into(name, 8, text)
     try:
         header = json.loads(text)
-        header.pop("__metadata__", None)
-        entries = [(key, _entry(name, 8 + count, value)) for key, value in header.items()]
+        free = header.pop("__metadata__", {}).items()
+        entries = {key: _entry(name, 8 + count, value) for key, value in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{name} has a damaged header", why=str(error)) from None
     end = 8 + count
-    for key, entry in sorted(entries, key=lambda pair: (pair[1].begin, pair[1].end)):
+    for key, entry in sorted(entries.items(), key=lambda pair: (pair[1].begin, pair[1].end)):
         if entry.begin != end:
             raise CheckpointError(f"{name} is damaged", why=f"hole or overlap before {key!r}")
         end = entry.end
     if end != size:
         raise CheckpointError(f"{name} is {size:,} bytes long", why=f"its header says {end:,}")
-    yield from entries
+    return entries, {str(key): str(value) for key, value in free}
 
 
 def _entry(file: str, start: int, value: Mapping[str, Any]) -> Entry:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from core.errors import CheckpointError
@@ -117,7 +118,7 @@ def open_content(folder: Folder) -> Content:
     held = len({rank for _, rank in folder.layers}) if folder.layers else mp
     tp = int(sizes.get("tp_degree") or held)
     pp = int(sizes.get("pp_degree") or mp // tp)
-    if tp * pp != mp:
+    if tp < 1 or tp * pp != mp:
         raise CheckpointError(
             f"{folder.path} has {mp} model-parallel ranks",
             why=f"{tp} tensor-parallel ranks in each of {pp} stages would be {tp * pp}",
@@ -202,18 +203,20 @@ def _taken(
     content: Content, grid: Mapping[tuple[int, int], str], dp: int
 ) -> dict[tuple[int, int], Model]:
     """The files of all ranks that there should be, opened."""
-    wanted = [(rank, mp) for mp in range(content.mp) for rank in range(dp)]
-    missing = [at for at in wanted if at not in grid]
-    if missing:
-        rank, mp = missing[0]
+    wanted = ((rank, mp) for mp in range(content.mp) for rank in range(dp))
+    there = list(takewhile(grid.__contains__, wanted))
+    count = content.mp * dp
+    if len(there) < count:
+        mp, rank = divmod(len(there), dp)
+        present = sum(r < dp and m < content.mp for r, m in grid)
         like = next(iter(grid.values()), "")
         raise content.fail(
-            f"is incomplete: {len(missing)} of {len(wanted)} files are missing",
+            f"is incomplete: {count - present} of {count} files are missing",
             why=f"there is none of data-parallel rank {rank} and model-parallel rank {mp}"
             + (f" beside {like}" if like else ""),
             fix="copy the files of all nodes into one folder",
         )
-    return {at: Model(grid[at], content.read(grid[at])) for at in wanted}
+    return {at: Model(grid[at], content.read(grid[at])) for at in there}
 
 
 def _stale(content: Content) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import count
 from typing import TypeVar
 
 from core_ucp.files.pickles import Located
@@ -48,11 +49,11 @@ def read_experts(content: Content, mp: int, share: Share) -> None:
     """
     there = sorted(at for at in content.folder.experts if at[2] == mp)
     for layer in sorted({at[0] for at in there}):
-        have = [expert for at, expert, _ in there if at == layer]
-        gaps = sorted(set(range(max(have) + 1)) - set(have))
-        if gaps:
+        have = {expert for at, expert, _ in there if at == layer}
+        gap = next(expert for expert in count() if expert not in have)
+        if gap < max(have):
             raise content.fail(
-                "is incomplete", why=f"the file of expert {gaps[0]} of layer {layer} is missing"
+                "is incomplete", why=f"the file of expert {gap} of layer {layer} is missing"
             )
     for at in there:
         for name, value in content.read(content.folder.experts[at]).items():

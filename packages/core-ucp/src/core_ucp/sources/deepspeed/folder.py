@@ -9,6 +9,7 @@ from pathlib import Path
 
 from core.disk import disk_errors
 from core.errors import CheckpointError
+from core_ucp.files.texts import read_note
 
 LATEST = ("latest", "latest_universal")
 """Files in which a run notes the tag that it has saved last."""
@@ -98,9 +99,7 @@ def find(path: Path) -> Folder:
         return own
     for name in LATEST:
         if (path / name).is_file():
-            with disk_errors(f"cannot read {path / name}"):
-                tag = (path / name).read_text(errors="replace").strip()
-            return _noted(path, name, tag)
+            return _noted(path, name, read_note(path / name))
     tags = [folder.path.name for folder in _tags(path)]
     if len(tags) == 1:
         return scan(path / tags[0])

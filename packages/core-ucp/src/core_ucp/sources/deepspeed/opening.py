@@ -49,16 +49,16 @@ def open_view(path: Path, rules: Rules | None = None) -> View:
     resume, tensors = read_resume(content, model, share.hyper, _step(content, atoms))
     atoms |= {extra_key(name): tensor.atom() for name, tensor in tensors.items()}
     return View(
-        path,
-        "deepspeed",
-        content.files,
-        atoms,
-        share.aliases,
-        twins,
-        resume,
-        {} if folder.universal else _mesh(content),
-        _details(content, model) | _named(content, model, resume.hyper),
-        tuple(content.remarks),
+        path=path,
+        framework="deepspeed",
+        files=content.files,
+        atoms=atoms,
+        aliases=share.aliases,
+        twins=twins,
+        resume=resume,
+        mesh={} if folder.universal else _mesh(content),
+        details=_details(content, model) | _named(content, model, resume.hyper),
+        remarks=tuple(content.remarks),
     )
 
 

@@ -48,14 +48,11 @@ def read_layers(content: Content, tp: int, trained: Collection[str]) -> Share:
 
 
 def _require_all(content: Content, layers: list[int], trained: Collection[str]) -> None:
-    needed = {int(name.partition(".")[0]) for name in trained if name.partition(".")[0].isdigit()}
-    needed |= set(range(max(layers, default=-1) + 1))
-    missing = sorted(needed - set(layers))
-    if missing:
-        raise content.fail(
-            "is incomplete",
-            why=f"the file of layer {missing[0]} is missing ({len(missing)} in all)",
-        )
+    firsts = {name.partition(".")[0] for name in trained}
+    last = max([*layers, *(int(first) for first in firsts if first.isdecimal())], default=-1)
+    missing = next((layer for layer in range(last + 1) if layer not in layers), None)
+    if missing is not None:
+        raise content.fail("is incomplete", why=f"the file of layer {missing} is missing")
 
 
 def stages(share: Share, counts: list[int]) -> list[dict[str, tuple[int, ...]]]:

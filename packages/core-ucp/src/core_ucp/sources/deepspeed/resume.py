@@ -55,7 +55,9 @@ def read_resume(
         step: of the optimizer.
     """
     counters = {
-        key: model.tree[key] for key in _COUNTERS if isinstance(model.tree.get(key), int | float)
+        key: value
+        for key in _COUNTERS
+        if isinstance(value := model.tree.get(key), int | float) and math.isfinite(value)
     }
     client, tensors, left = _client(model)
     if left:
@@ -103,28 +105,19 @@ def _client(model: Model) -> tuple[dict[str, Any], dict[str, Located], list[str]
     return client, tensors, left
 
 
-def _tensors(value: Any, name: str, depth: int = 0) -> list[tuple[str, Located]]:
+def _tensors(value: Any, name: str) -> list[tuple[str, Located]]:
     if isinstance(value, Located):
         return [(name, value)]
-    if isinstance(value, Mapping) and depth < _DEEPEST:
+    if isinstance(value, Mapping):
+        return [found for key, item in value.items() for found in _tensors(item, f"{name}.{key}")]
+    if isinstance(value, list | tuple):
         return [
-            found
-            for key, item in value.items()
-            for found in _tensors(item, f"{name}.{key}", depth + 1)
-        ]
-    if isinstance(value, list | tuple) and depth < _DEEPEST:
-        return [
-            found
-            for index, item in enumerate(value)
-            for found in _tensors(item, f"{name}.{index}", depth + 1)
+            found for index, item in enumerate(value) for found in _tensors(item, f"{name}.{index}")
         ]
     return []
 
 
-_DEEPEST = 64
-
-
-def plain(files: Files | None, value: Any, depth: int = 0) -> Any:
+def plain(files: Files | None, value: Any) -> Any:
     """A value without objects, or a marker where it is one.
 
     Dictionaries and lists lose what is no plain value; tensors of one element become numbers where
@@ -132,8 +125,6 @@ def plain(files: Files | None, value: Any, depth: int = 0) -> Any:
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if depth >= _DEEPEST:
-        return _NOTHING
     if isinstance(value, Located):
         if files is None or value.numel != 1 or value.dtype.is_complex:
             return _NOTHING
@@ -141,12 +132,12 @@ def plain(files: Files | None, value: Any, depth: int = 0) -> Any:
     if isinstance(value, Inert):
         if value.kind not in ("argparse.Namespace", "types.SimpleNamespace"):
             return _NOTHING
-        return plain(files, value.state, depth + 1)
+        return plain(files, value.state)
     if isinstance(value, Mapping):
-        pairs = {str(key): plain(files, item, depth + 1) for key, item in value.items()}
+        pairs = {str(key): plain(files, item) for key, item in value.items()}
         return {key: item for key, item in pairs.items() if item is not _NOTHING}
     if isinstance(value, list | tuple):
-        items = [plain(files, item, depth + 1) for item in value]
+        items = [plain(files, item) for item in value]
         kept = [item for item in items if item is not _NOTHING]
         return kept if isinstance(value, list) else tuple(kept)
     return _NOTHING

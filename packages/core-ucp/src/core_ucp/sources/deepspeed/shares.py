@@ -49,7 +49,8 @@ def merge(shares: Sequence[Share], where: str) -> Share:
         _add(whole.atoms, share.atoms, where)
         _add(whole.halves, share.halves, where)
         whole.aliases |= share.aliases
-        whole.hyper = {**share.hyper, **whole.hyper}
+        for name, settings in share.hyper.items():
+            whole.hyper.setdefault(name, settings)  # in the order of the stages
     return whole
 
 

@@ -11,7 +11,7 @@ from core.errors import CheckpointError
 from core_ucp.files.pickles import Inert
 from core_ucp.layout.deepspeed import from_deepspeed
 from core_ucp.layout.gather import first_copies
-from core_ucp.layout.holders import Average, Replicate, steps
+from core_ucp.layout.holders import Replicate
 from core_ucp.layout.layout import Layout
 from core_ucp.layout.mesh import Coordinate, Mesh
 from core_ucp.layout.rules import Rules
@@ -129,12 +129,6 @@ class _Joiner:
     def _place(
         self, name: str, layout: Layout, shapes: Sequence[tuple[int, ...]]
     ) -> tuple[tuple[int, ...], list[_Placed]]:
-        if any(isinstance(step, Average) for step in steps(layout)):
-            raise CheckpointError(
-                f"{name} is the mean of copies that differ",
-                why="every tensor-parallel rank has trained its own",
-                fix="take one of them: give it the layout Replicate in a file of rules",
-            )
         local: dict[Coordinate, tuple[int, ...]] = {
             (rank,): shape for rank, shape in enumerate(shapes)
         }

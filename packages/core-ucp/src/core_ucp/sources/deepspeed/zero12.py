@@ -68,7 +68,11 @@ def shapes_of(content: Content, model: Model) -> list[dict[str, tuple[int, ...]]
             f"{content.folder.path / model.name} does not say the shapes of parameters",
             why="it has no param_shapes",
         )
-    return [{str(name): tuple(shape) for name, shape in group.items()} for group in groups]
+    found = [{str(name): tuple(shape) for name, shape in group.items()} for group in groups]
+    for name, shape in (pair for group in found for pair in group.items()):
+        if not all(isinstance(size, int) and size >= 0 for size in shape):
+            raise content.fail(f"says that {name} is of {list(shape)}")
+    return found
 
 
 def _parts(

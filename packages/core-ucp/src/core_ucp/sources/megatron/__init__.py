@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.errors import CheckpointError
+from core_ucp.files.texts import read_note
 from core_ucp.view.view import View
 
 if TYPE_CHECKING:
@@ -47,8 +49,8 @@ def _iteration(path: Path) -> Path:
     """The folder of the last iteration."""
     if not (path / LATEST).is_file():
         return path
-    word = (path / LATEST).read_text().strip()
-    if word != "release" and not word.isdigit():
+    word = read_note(path / LATEST)
+    if word != "release" and not re.fullmatch("[0-9]{1,18}", word):
         raise CheckpointError(f"{path / LATEST} is damaged", why=f"it says {word[:40]!r}")
     folder = path / (word if word == "release" else f"iter_{int(word):07}")
     if not folder.is_dir():

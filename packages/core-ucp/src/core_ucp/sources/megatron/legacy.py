@@ -237,4 +237,5 @@ def _atom(name: str, state: str, held: Mapping[_At, Located], rules: Rules) -> A
         (places.index((at.pp, at.ep)), at.tp): Local(tensor.file, tensor.offset, tensor.shape)
         for at, tensor in held.items()
     }
-    return gather(what, rules.find(name).layout, Mesh(sizes), local, dtype)
+    layout = rules.find(name).layout
+    return gather(what, layout, Mesh(sizes), local, dtype, lossy=rules.lossy)

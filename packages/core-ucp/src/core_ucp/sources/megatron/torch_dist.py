@@ -7,16 +7,15 @@ query group. Lenses bring them into the form of other frameworks.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.disk import disk_errors
 from core.errors import CheckpointError
 from core_ucp.files.distcp import Stored, read_stored
 from core_ucp.files.metadata import METADATA
+from core_ucp.files.texts import read_json
 from core_ucp.sources.megatron.common import Common, read_common
 from core_ucp.sources.megatron.flattened import original_shapes, restored
 from core_ucp.sources.megatron.weights import Weights
@@ -63,13 +62,8 @@ def open_view(path: Path, rules: Rules | None = None) -> View:
 
 
 def _require_backend(path: Path) -> None:
-    with disk_errors(f"cannot read {path / CONFIG}"):
-        text = (path / CONFIG).read_bytes()
-    try:
-        config: Any = json.loads(text)
-        backend = config.get("sharded_backend")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path / CONFIG} is damaged", why=str(error)) from None
+    config: Any = read_json(path / CONFIG)
+    backend = config.get("sharded_backend") if isinstance(config, Mapping) else None
     if backend != "torch_dist" or not (path / METADATA).is_file():
         raise CheckpointError(
             f"{path} is of Megatron's backend {backend!r}",

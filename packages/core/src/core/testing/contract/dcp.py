@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from core.checkpoints.convert import Conversion, execute
 from core.checkpoints.reading import TensorPlanner
 from core.checkpoints.streaming import streamed
-from core.contributions import CheckpointFormat
+from core.contributions import CheckpointFormat, Converter
 from core.errors import CheckpointError, CoreError
 from core.storage import new_folder
 
@@ -96,6 +96,27 @@ def stream(
         execute(Conversion(source, target, read_as, fmt, work))
     except (Exception, CheckpointException) as error:
         raise _clear(error, f"converting to {fmt.name!r}") from error
+
+
+def convert(
+    fmt: CheckpointFormat, read_as: CheckpointFormat, source: Path, target: Path, run: Run
+) -> Converter:
+    """Convert a checkpoint in the way that is the format's own.
+
+    Returns:
+        what was planned, and is done.
+
+    Raises:
+        CoreError: when the format refuses the checkpoint.
+        AssertionError: for any other failure.
+    """
+    assert fmt.convert is not None
+    try:
+        work = fmt.convert(source, read_as, run)
+        execute(Conversion(source, target, read_as, fmt, work))
+    except (Exception, CheckpointException) as error:
+        raise _clear(error, f"converting to {fmt.name!r}") from error
+    return work
 
 
 def read(

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.checkpoints.convert import detect
-from core.contributions import CheckpointFormat
+from core.checkpoints.values import encode
+from core.contributions import CheckpointFormat, Converter
 from core.discovery import BUILTIN
 from core.errors import CoreError
 from core.hooks import Hooks
 from core.testing.contract.check import Skip, checks_of, remark, require
-from core.testing.contract.dcp import cases, read, sample, stream, write
+from core.testing.contract.dcp import cases, convert, read, sample, stream, write
 from core.testing.contract.subject import Subject
 from core.testing.contract.transforms import same
+
+if TYPE_CHECKING:
+    from core.run import Run
 
 LIMIT = 0.05
 """Seconds that ``detect`` may take."""
@@ -112,6 +118,52 @@ def streams(subject: Subject) -> None:
         require(same(tensors, found), f"{fmt.name!r} changes tensors that are converted")
 
 
+def converts(subject: Subject) -> None:
+    """What a format makes in its own way is recognised and holds every bit of the source."""
+    refused = {}
+    for fmt in _converting(subject):
+        with subject.run(checkpoint={"format": "core.dcp"}) as run:
+            source, weights = _trained(run)
+            try:
+                target, work = _converted(subject, fmt, source, run)
+            except CoreError as error:
+                refused[fmt.name] = error.why or error.what
+                continue
+            _require_facts(fmt, work)
+            found = _read_converted(fmt, target, weights, run)
+            require(same(found, weights), f"{fmt.name!r} changes bits")
+    reasons = "; ".join(f"{name!r} refuses a run: {why}" for name, why in refused.items())
+    if len(refused) == len(_converting(subject)):
+        raise Skip(reasons)
+    if refused:
+        remark(reasons)
+
+
+def describes(subject: Subject) -> None:
+    """describe() tells a step and plain values that a checkpoint of core can hold."""
+    checked = False
+    for fmt in _converting(subject):
+        with subject.run(checkpoint={"format": "core.dcp"}) as run:
+            source, _ = _trained(run)
+            try:
+                target, _ = _converted(subject, fmt, source, run)
+            except CoreError:
+                continue
+            if fmt.describe is None or not fmt.detect(target):
+                continue
+            found, checked, tensors = fmt.describe(target, run), True, dict[str, Tensor]()
+        step: Any = found.step
+        require(isinstance(step, int) and step >= 0, f"step {step!r} is no count")
+        for name, value in found.values.items():
+            try:
+                encode(value, name, tensors)
+            except CoreError as error:
+                raise AssertionError(f"{fmt.name!r} describes {name!r}: {error}") from None
+            require(not tensors, f"{fmt.name!r} describes {name!r}, which holds a tensor")
+    if not checked:
+        raise Skip("no format of the plugin describes what it makes")
+
+
 def damaged(subject: Subject) -> None:
     """A file that is cut, emptied or missing gives one CoreError when it is read."""
     for fmt in _writable(subject):
@@ -165,6 +217,76 @@ def _writable(subject: Subject) -> list[CheckpointFormat]:
     if not found:
         raise Skip("no format of the plugin can be both written and read")
     return found
+
+
+def _converting(subject: Subject) -> list[CheckpointFormat]:
+    found = [fmt for fmt in subject.formats if fmt.convert is not None]
+    if not found:
+        raise Skip("no format of the plugin converts in a way of its own")
+    return found
+
+
+class _Model(nn.Module):
+    """A model of the sample's weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weights = {name.removeprefix("model."): tensor for name, tensor in sample().items()}
+        self.embedding = nn.Embedding(32, 8, _weight=weights["embedding.weight"])
+        self.layer = nn.Linear(8, 8, bias=False)
+        self.layer.weight = nn.Parameter(weights["layer.weight"])
+        self.bias = nn.Parameter(weights["bias"])
+
+
+def _trained(run: Run) -> tuple[Path, dict[str, Tensor]]:
+    """A checkpoint of a run, and its weights by name."""
+    model = _Model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    path = run.save({"model": model, "optim": optimizer}, 1).durable()
+    return path, {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+
+
+def _converted(
+    subject: Subject, fmt: CheckpointFormat, source: Path, run: Run
+) -> tuple[Path, Converter]:
+    (dcp,) = [found for found in _own_formats(subject) if found.name == "dcp"]
+    target = subject.folder() / "converted"
+    return target, convert(fmt, dcp, source, target, run)
+
+
+def _require_facts(fmt: CheckpointFormat, work: Converter) -> None:
+    counts: list[Any] = [work.tensors, work.nbytes]
+    require(all(isinstance(n, int) and n > 0 for n in counts), f"{fmt.name!r} counts {counts}")
+    texts: list[Any] = [*work.skipped, *work.remarks]
+    require(all(isinstance(text, str) for text in texts), f"{fmt.name!r} remarks {texts}")
+    try:
+        json.dumps(dict(work.describe()))
+    except TypeError as error:
+        raise AssertionError(f"{fmt.name!r} describes a conversion not as JSON: {error}") from None
+
+
+def _read_converted(
+    fmt: CheckpointFormat, target: Path, weights: dict[str, Tensor], run: Run
+) -> dict[str, Tensor]:
+    """The weights of a converted checkpoint; formats for models alone leave ``model.`` out."""
+    reading = fmt
+    if fmt.reader is None or not fmt.detect(target):
+        try:
+            reading = detect(target, run).value
+        except CoreError as error:
+            raise AssertionError(f"nobody reads what {fmt.name!r} makes: {error.what}") from None
+    assert reading.reader is not None
+    there = reading.reader(target, run).read_metadata().state_dict_metadata
+    short = {name: name.removeprefix("model.") for name in weights if name not in there}
+    wanted = {short.get(name, name): tensor for name, tensor in weights.items()}
+    try:
+        found = read(reading, target, wanted, run)
+    except CoreError as error:
+        raise AssertionError(f"what {fmt.name!r} makes cannot be read: {error.what}") from None
+    return {name: found[short.get(name, name)] for name in weights}
 
 
 def _write_sample(
@@ -224,5 +346,7 @@ CHECKS = checks_of(
     ignores_others,
     unambiguous,
     streams,
+    converts,
+    describes,
     damaged,
 )
