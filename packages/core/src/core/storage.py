@@ -21,6 +21,9 @@ from core.disk import TEMPORARY, disk_errors, plain_name, sync
 from core.errors import CheckpointError
 
 Buffer = bytes | bytearray | memoryview
+_AT_ONCE = 128 * 2**10
+"""Bytes of one write. For larger ones the page cache takes large runs of free memory, which in a
+virtual machine often have to come from the host first: that costs several times as much."""
 
 
 class ByteSink(Protocol):
@@ -120,7 +123,7 @@ class FileSink:
             )
         with disk_errors(f"cannot write {self.path / name}"):
             while view:
-                written = os.pwrite(descriptor, view, offset)
+                written = os.pwrite(descriptor, view[:_AT_ONCE], offset)
                 view, offset = view[written:], offset + written
 
     def commit(self) -> None:

@@ -151,16 +151,21 @@ class _Sinks:
         self._folder = folder
         self._open_sink = open_sink
         self._sinks: dict[PurePosixPath, ByteSink] = {}
+        # File systems let one thread at a time write into a file, and the others wait by turning
+        # round and round: with a lock of our own they sleep, or read what comes next.
+        self._turns: dict[str, threading.Lock] = {}
 
     def open(self, name: str, size: int) -> None:
         path = PurePosixPath(name)
         if path.parent not in self._sinks:
             self._sinks[path.parent] = self._open_sink(self._folder / path.parent)
         self._sinks[path.parent].open(path.name, size)
+        self._turns[name] = threading.Lock()
 
     def write(self, name: str, offset: int, data: bytes | memoryview) -> None:
         path = PurePosixPath(name)
-        self._sinks[path.parent].write_at(path.name, offset, data)
+        with self._turns[name]:
+            self._sinks[path.parent].write_at(path.name, offset, data)
 
     def commit(self) -> None:
         for sink in self._sinks.values():

@@ -16,9 +16,8 @@ from core_ucp.view.boxes import Boxes, Table, covers, overlaps, untiled
 from core_ucp.view.pieces import Pieces
 from core_ucp.view.view import Atom, View
 
-BLOCK = 2**20
-"""Bytes that are in memory at once, for each worker: what fits into the cache of a processor, so
-that a block is read from memory once, however often it is looked at."""
+BLOCK = 8 * 2**20
+"""Bytes that are in memory at once, for each worker."""
 
 
 @dataclass(frozen=True, eq=False)
