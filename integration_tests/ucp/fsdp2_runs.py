@@ -88,6 +88,7 @@ def _rank(
 
         (folder / f"error-{rank}.txt").write_text(f"{error}\n{traceback.format_exc()}")
         os._exit(1)  # the others wait for this rank in gloo
+    os._exit(0)  # torch's own threads, still ending, were once seen to abort the exit
 
 
 def _go_on(rank: int, case: Case, source: Path, folder: Path, steps: int) -> None:

@@ -297,6 +297,8 @@ def _rank(rank: int, count: int, meeting: Path, make: Callable[[Path], None], fo
     make(folder)
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # torch's own threads, still ending, were once seen to abort the exit
 
 
 def load(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -117,6 +118,8 @@ def _rank(leg: Leg, rank: int, world_size: int, port: int, report: Path) -> None
     losses = train(leg)
     if rank == 0:
         report.write_text(json.dumps(losses))
+    sys.stdout.flush()
+    os._exit(0)  # torch's own threads, still ending, were once seen to abort the exit
 
 
 def plot(path: Path, first: int, curves: Sequence[tuple[str, int, list[float]]]) -> None:
