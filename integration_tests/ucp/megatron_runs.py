@@ -177,8 +177,6 @@ def _rank(rank: int, count: int, meeting: Path, work: Callable[[int], object]) -
     work(rank)
     dist.barrier()
     dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # torch's own threads, still ending, were once seen to abort the exit
 
 
 def main() -> None:
