@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +144,12 @@ def resume_elsewhere(run: Run, tour: Any) -> Iterable[Row]:
 
 
 def digests(run: Run) -> Iterable[Reading]:
-    """Measure the speed of digests."""
+    """Measure the speed of digests, where there is what computes them."""
+    missing = [name for name in ("torch", "numpy") if find_spec(name) is None]
+    if missing:
+        needs = " and ".join(missing)
+        advice = f"pip install {' '.join(missing)}"
+        return [Reading(name="digests", status="skip", value=f"needs {needs}", advice=advice)]
     from core_ucp import probes
 
     return probes.digests(run)

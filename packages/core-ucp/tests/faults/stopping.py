@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,10 @@ PLACE: Path = GIVEN["place"]
 """File that it makes then; it goes on when there is one of that name with ``.go`` behind it."""
 WORDS: list[str] = GIVEN["words"]
 """Of the command line."""
+
+
+# Whoever runs the tests in the background may have it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def stop(owner: Any, name: str, point: str, count: int) -> None:
