@@ -44,7 +44,8 @@ def test_ranges_of_a_flat_buffer_are_the_elements(data: st.DataObject) -> None:
     first, last = np.array(cuts[:-1]), np.array(cuts[1:])
     buffers = [bytes(16) + x.reshape(-1)[a:b].tobytes() for a, b in zip(first, last, strict=True)]
     files = np.arange(len(first))
-    pieces = Pieces.ranges(x.shape, first, last, files, np.full(len(first), 16), 8)
+    row, pieces = Pieces.ranges(x.shape, first, last, files, np.full(len(first), 16), 8)
+    assert (pieces.file == files[row]).all()
     assert (read(x.shape, pieces, buffers) == x).all()
     single = [
         Pieces.flat(x.shape, a, b, f, 16, 8) for a, b, f in zip(first, last, files, strict=True)

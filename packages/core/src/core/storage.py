@@ -19,11 +19,14 @@ from typing import Protocol
 from core.contributions import Storage
 from core.disk import TEMPORARY, disk_errors, plain_name, sync
 from core.errors import CheckpointError
+from core.system import preallocate, start_writing
 
 Buffer = bytes | bytearray | memoryview
 _AT_ONCE = 128 * 2**10
 """Bytes of one write. For larger ones the page cache takes large runs of free memory, which in a
 virtual machine often have to come from the host first: that costs several times as much."""
+_LARGE = 2**20
+"""Bytes from which on a write goes to the disk at once, beside whatever the program does next."""
 
 
 class ByteSink(Protocol):
@@ -110,7 +113,8 @@ class FileSink:
         with disk_errors(f"cannot create {path} with {size:,} bytes"):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             self._files[name] = descriptor, size
-            os.truncate(descriptor, size)
+            if not preallocate(descriptor, size):
+                os.truncate(descriptor, size)
 
     def write_at(self, name: str, offset: int, data: Buffer) -> None:
         if name not in self._files:
@@ -121,10 +125,13 @@ class FileSink:
             raise CheckpointError(
                 f"write of {len(view)} bytes at {offset} does not fit {name}", why=f"{size} bytes"
             )
+        begin, length = offset, len(view)
         with disk_errors(f"cannot write {self.path / name}"):
             while view:
                 written = os.pwrite(descriptor, view[:_AT_ONCE], offset)
                 view, offset = view[written:], offset + written
+            if length >= _LARGE:
+                start_writing(descriptor, begin, length)
 
     def commit(self) -> None:
         with disk_errors(f"cannot commit {self.path}"):

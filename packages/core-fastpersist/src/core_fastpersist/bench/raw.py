@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import CheckpointError
+from core.system import preallocate
 from core_fastpersist.direct.alignment import alignment_of, direct_flag
-from core_fastpersist.direct.kernel import preallocate
 from core_fastpersist.direct.memory import pages
 
 _BLOCK = 16 * 2**20

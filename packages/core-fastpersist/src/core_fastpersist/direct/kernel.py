@@ -1,21 +1,19 @@
-"""System calls of Linux that Python does not offer."""
+"""What direct I/O and large memory need of Linux and Python does not offer."""
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import mmap
 import os
 import struct
-from functools import cache
 from pathlib import Path
-from typing import Any
+
+from core.system import call, libc
 
 _STATX_DIOALIGN = 0x2000
 _STATX_SIZE = 256
 _DIO_ALIGN_AT = 152
 _AT_FDCWD = -100
-_START_WRITING = 2
 _MADV_POPULATE_WRITE = 23
 _MADV_COLLAPSE = 25
 _MAP_PRIVATE_ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -33,45 +31,13 @@ def direct_io_alignment(path: Path) -> tuple[int, int] | None:
     """
     buffer = ctypes.create_string_buffer(_STATX_SIZE)
     name = os.fsencode(path)
-    if _call("statx", _AT_FDCWD, name, 0, _STATX_DIOALIGN, buffer) != 0:
+    if call("statx", _AT_FDCWD, name, 0, _STATX_DIOALIGN, buffer) != 0:
         return None
     (mask,) = struct.unpack_from("=I", buffer, 0)
     if not mask & _STATX_DIOALIGN:
         return None
     memory, offset = struct.unpack_from("=II", buffer, _DIO_ALIGN_AT)
     return memory, offset
-
-
-def preallocate(descriptor: int, size: int) -> bool:
-    """Reserve the blocks of a file, and let it grow to ``size`` bytes.
-
-    Not ``os.posix_fallocate``, which writes zeros where the file system cannot reserve.
-
-    Returns:
-        whether the file system can do that.
-
-    Raises:
-        OSError: when there is no room.
-    """
-    if size == 0:
-        return True
-    if _call("fallocate64", descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in (errno.EOPNOTSUPP, errno.ENOSYS):
-        return False
-    raise OSError(number, os.strerror(number))
-
-
-def start_writing(descriptor: int, offset: int, length: int) -> None:
-    """Have the page cache of a range written to the disk, without waiting for it."""
-    _call(
-        "sync_file_range",
-        descriptor,
-        ctypes.c_int64(offset),
-        ctypes.c_int64(length),
-        _START_WRITING,
-    )
 
 
 def use_huge_pages(descriptor: int, size: int) -> bool:
@@ -101,12 +67,12 @@ def use_huge_pages(descriptor: int, size: int) -> bool:
             and _advise(aligned, size, _MADV_COLLAPSE)
         )
     finally:
-        _call("munmap", ctypes.c_void_p(reserved), ctypes.c_size_t(size + HUGE_PAGE))
+        call("munmap", ctypes.c_void_p(reserved), ctypes.c_size_t(size + HUGE_PAGE))
 
 
 def _map(address: int | None, size: int, access: int, flags: int, descriptor: int) -> int | None:
     """Address of a new mapping, or ``None`` where the kernel refuses."""
-    function = _libc().mmap
+    function = libc().mmap
     function.restype = ctypes.c_void_p
     place, nothing = ctypes.c_void_p(address), ctypes.c_int64(0)
     found = function(place, ctypes.c_size_t(size), access, flags, descriptor, nothing)
@@ -114,18 +80,4 @@ def _map(address: int | None, size: int, access: int, flags: int, descriptor: in
 
 
 def _advise(address: int, size: int, advice: int) -> bool:
-    return _call("madvise", ctypes.c_void_p(address), ctypes.c_size_t(size), advice) == 0
-
-
-@cache
-def _libc() -> Any:
-    return ctypes.CDLL(None, use_errno=True)
-
-
-def _call(name: str, *arguments: Any) -> int:
-    """Result of a C function, or -1 with ``errno`` where the C library lacks it."""
-    function = getattr(_libc(), name, None)
-    if function is None:
-        ctypes.set_errno(errno.ENOSYS)
-        return -1
-    return int(function(*arguments))
+    return call("madvise", ctypes.c_void_p(address), ctypes.c_size_t(size), advice) == 0

@@ -20,9 +20,9 @@ from types import TracebackType
 import xxhash
 
 from core.errors import CheckpointError
+from core.system import preallocate, start_writing
 from core_fastpersist.direct.alignment import alignment_of, direct_flag, refused
 from core_fastpersist.direct.digests import Digests, cells
-from core_fastpersist.direct.kernel import preallocate, start_writing
 from core_fastpersist.direct.memory import buffer
 from core_fastpersist.direct.pieces import Piece, Pieces
 from core_fastpersist.direct.room import writing

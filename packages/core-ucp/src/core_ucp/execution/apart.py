@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,9 +24,7 @@ def require_apart(plan: Plan) -> None:
     Raises:
         CheckpointError: naming the atom, the file and the byte.
     """
-    spans = [_parts(plan)]
-    spans += [_spans(number, copies) for number, copies in enumerate(plan.copies)]
-    table = np.concatenate(spans)
+    table = np.concatenate([_parts(plan), *_spans(plan.copies)])
     table = table[np.lexsort((table[:, _BEGIN], table[:, _FILE]))]
     sizes = np.array([file.size for file in plan.target.files], np.int64)
     outside = (table[:, _BEGIN] < 0) | (table[:, _END] > sizes[table[:, _FILE]])
@@ -49,14 +48,23 @@ def _parts(plan: Plan) -> Table:
     return np.array(rows, np.int64).reshape(-1, 4)
 
 
-def _spans(number: int, copies: Copies) -> Table:
-    """Byte ranges of an atom in new files: one for a block without gaps, else one for every run."""
-    itemsize = copies.wanted.atom.dtype.itemsize
-    dense, blocks = copies.dense, copies.blocks
-    length = blocks.boxes.volume[dense] * itemsize
-    found = [_table(blocks.file[dense], blocks.offset[dense], length, number)]
-    found += [_runs(blocks, row, itemsize, number) for row in np.flatnonzero(~dense).tolist()]
-    return np.concatenate(found)
+def _spans(copies: Sequence[Copies]) -> Iterator[Table]:
+    """Byte ranges in new files: one for a block without gaps, else one for every run."""
+    if not copies:
+        return
+    sizes = [each.wanted.atom.dtype.itemsize for each in copies]
+    lengths = [each.blocks.boxes.volume * size for each, size in zip(copies, sizes, strict=True)]
+    rows = [
+        np.concatenate([each.blocks.file for each in copies]),
+        np.concatenate([each.blocks.offset for each in copies]),
+        np.concatenate(lengths),
+        np.repeat(np.arange(len(copies), dtype=np.int64), [len(each.blocks) for each in copies]),
+    ]
+    dense = np.concatenate([each.dense for each in copies])
+    yield _table(*(column[dense] for column in rows))
+    for number, (each, size) in enumerate(zip(copies, sizes, strict=True)):
+        for row in np.flatnonzero(~each.dense).tolist():
+            yield _runs(each.blocks, row, size, number)
 
 
 def _runs(pieces: Pieces, row: int, itemsize: int, number: int) -> Table:
@@ -68,11 +76,12 @@ def _runs(pieces: Pieces, row: int, itemsize: int, number: int) -> Table:
     begins = pieces.offset[row : row + 1]
     for dim in order:
         begins = (begins[:, None] + np.arange(shape[dim], dtype=np.int64) * stride[dim]).reshape(-1)
-    return _table(np.full_like(begins, pieces.file[row]), begins, np.full_like(begins, run), number)
+    file, length, owner = (np.full_like(begins, n) for n in (pieces.file[row], run, number))
+    return _table(file, begins, length, owner)
 
 
-def _table(file: Table, begin: Table, length: Table, number: int) -> Table:
-    return np.stack([file, begin, begin + length, np.full(len(file), number, np.int64)], axis=1)
+def _table(file: Table, begin: Table, length: Table, owner: Table) -> Table:
+    return np.stack([file, begin, begin + length, owner], axis=1)
 
 
 def _words(plan: Plan, row: Table, what: str) -> str:

@@ -96,7 +96,7 @@ def _copies(view: View, wanted: Wanted, digested: bool) -> Copies:
     blocks = in_blocks(atom.pieces, max(atom.dtype.itemsize, source.stored.itemsize))
     if covers(blocks.boxes, atom.shape):
         # One block of the whole: all pieces of the source are its parts, as they are.
-        parts = source.pieces.take(source.pieces.boxes.volume > 0)
+        parts = source.pieces.filled
         first = np.array([0, len(parts)], np.int64)
         dense = dense_rows(blocks, atom.dtype.itemsize)
         return Copies(wanted, source, blocks, parts, first, dense, digested)
@@ -139,7 +139,7 @@ def _castable(source: torch.dtype, target: torch.dtype) -> bool:
 def in_blocks(pieces: Pieces, itemsize: int) -> Pieces:
     """Pieces cut so that none is larger than ``BLOCK`` bytes."""
     if not len(pieces) or int(pieces.boxes.volume.max()) * itemsize <= BLOCK:
-        return pieces.take(pieces.boxes.volume > 0)
+        return pieces.filled
     rows: list[int] = []
     boxes: list[tuple[list[int], list[int]]] = []
     starts, sizes = pieces.boxes.start.tolist(), pieces.boxes.size.tolist()
@@ -169,7 +169,7 @@ def _cut(start: list[int], size: list[int], limit: int) -> list[tuple[list[int],
 def dense_rows(pieces: Pieces, itemsize: int) -> NDArray[np.bool_]:
     """Which pieces lie in row-major order without gaps, shape ``(n,)``."""
     sizes = pieces.boxes.size
-    inner = np.cumprod(np.concatenate([np.ones_like(sizes[:, :1]), sizes[:, :0:-1]], 1), axis=1)
-    expected = inner[:, ::-1][:, : sizes.shape[1]] * itemsize
+    expected = np.full_like(sizes, itemsize)
+    expected[:, :-1] *= np.cumprod(sizes[:, :0:-1], axis=1)[:, ::-1]
     dense: NDArray[np.bool_] = ((pieces.stride == expected) | (sizes == 1)).all(axis=1)
     return dense

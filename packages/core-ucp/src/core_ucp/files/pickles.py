@@ -11,7 +11,7 @@ import collections
 import io
 import math
 import pickle
-from collections.abc import Callable, Collection, Iterable, Sized
+from collections.abc import Callable, Collection, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -26,7 +26,8 @@ _LARGEST = 2**62
 """Sizes, strides and bytes of tensors stay below this, so that tables can hold them."""
 _DEEPEST = 200
 """Levels of dictionaries, lists and objects inside of each other."""
-_HOLDERS = (dict, list, tuple, set, Inert)
+_SIZED = dict, list, tuple, set
+_HOLDERS = (*_SIZED, Inert)
 _MOST_VALUES = 2**25
 """Values of a tree when what stands in several places is counted at each of them."""
 
@@ -114,7 +115,7 @@ def _require_tree(root: Any) -> None:
                 raise pickle.UnpicklingError(f"it is more than {_DEEPEST} levels deep")
             known[id(value)] = None
             inner = [measure(each, depth + 1) for each in _inside(value)]
-            count = len(value) if isinstance(value, Sized) else 1
+            count = len(value) if isinstance(value, _SIZED) else 1
             found = count + sum(n for n, _ in inner), 1 + max((d for _, d in inner), default=0)
             known[id(value)] = found
         measured = known[id(value)]

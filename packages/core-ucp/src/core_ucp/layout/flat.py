@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -74,15 +75,22 @@ class Spans:
         """
         order = np.argsort(self.parameter, kind="stable")
         bounds = np.searchsorted(self.parameter[order], np.arange(len(self.names) + 1))
-        found: dict[str, Pieces] = {}
+        # Most parameters have the shape of others, and are placed along with them.
+        alike: dict[tuple[int, ...], list[int]] = {}
         for index, name in enumerate(self.names):
-            rows = order[bounds[index] : bounds[index + 1]]
-            rank, begin = self.rank[rows], self.begin[rows]
+            alike.setdefault(tuple(shapes[name]), []).append(index)
+        found: dict[str, Pieces] = {}
+        for shape, indices in alike.items():
+            rows = np.concatenate([order[bounds[i] : bounds[i + 1]] for i in indices])
+            rank = self.rank[rows]
             places = offset[rank] + self.place[rows] * itemsize
-            found[name] = Pieces.ranges(
-                shapes[name], begin, self.end[rows], file[rank], places, itemsize
+            row, pieces = Pieces.ranges(
+                shape, self.begin[rows], self.end[rows], file[rank], places, itemsize
             )
-        return found
+            cuts = np.searchsorted(self.parameter[rows][row], [*indices, len(self.names)]).tolist()
+            for index, cut in zip(indices, pairwise(cuts), strict=True):
+                found[self.names[index]] = pieces.take(slice(*cut))
+        return {name: found[name] for name in self.names}
 
 
 @dataclass(frozen=True)

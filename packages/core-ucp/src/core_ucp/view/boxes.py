@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 Table = NDArray[np.int64]
+Rows = Table | NDArray[np.bool_] | slice
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +30,7 @@ class Boxes:
     def __len__(self) -> int:
         return len(self.start)
 
-    @property
+    @cached_property
     def volume(self) -> Table:
         """Number of elements of each, shape ``(n,)``."""
         volume: Table = np.prod(self.size, axis=1, dtype=np.int64)
@@ -39,7 +41,7 @@ class Boxes:
         """First index behind each, shape ``(n, d)``."""
         return self.start + self.size
 
-    def take(self, rows: Table | NDArray[np.bool_]) -> Boxes:
+    def take(self, rows: Rows) -> Boxes:
         """The boxes of some rows."""
         return Boxes(self.start[rows], self.size[rows])
 
@@ -54,7 +56,8 @@ class Boxes:
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Boxes:
         """One box that covers everything."""
-        return cls.of([([0] * len(shape), shape)], len(shape))
+        size = np.array([shape], np.int64)
+        return cls(np.zeros_like(size), size)
 
 
 def join(parts: Sequence[Boxes]) -> Boxes:
@@ -125,6 +128,8 @@ def overlaps(left: Boxes, right: Boxes) -> tuple[Table, Table, Boxes]:
         lefts.append(a[kept])
         rights.append(b[kept])
         found.append(Boxes(start[kept], size[kept]))
+    if len(found) == 1:
+        return lefts[0], rights[0], found[0]
     return np.concatenate(lefts), np.concatenate(rights), join(found)
 
 

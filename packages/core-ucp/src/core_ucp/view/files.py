@@ -46,6 +46,7 @@ class Files:
     def __init__(self, folder: Path, names: Iterable[str] = ()) -> None:
         self.folder = folder
         self.names: list[str] = []
+        self._paths: list[Path] = []
         self._index: dict[str, int] = {}
         self._stamps: list[tuple[int, int]] = []
         self._open: OrderedDict[int, _Handle] = OrderedDict()
@@ -74,6 +75,7 @@ class Files:
             raise CheckpointError(f"{path} is no file")
         self._index[name] = len(self.names)
         self.names.append(name)
+        self._paths.append(path)
         self._stamps.append((status.st_size, status.st_mtime_ns))
         return self._index[name]
 
@@ -89,13 +91,14 @@ class Files:
         """
         index = len(self.names)
         self.names.append(name)
+        self._paths.append(self.folder / name)
         self._stamps.append((len(data), _IN_MEMORY))
         self._memory[index] = data
         return index
 
     def path(self, index: int) -> Path:
         """Path of a file."""
-        return self.folder / self.names[index]
+        return self._paths[index]
 
     def size(self, index: int) -> int:
         """Bytes of a file when it was added."""
@@ -141,7 +144,7 @@ class Files:
         Raises:
             CheckpointError: naming ``what``, the file and the byte.
         """
-        filled = pieces.take(pieces.boxes.volume > 0)
+        filled = pieces.filled
         if not len(filled):
             return
         if (filled.stride < 0).any():

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from core_ucp.view import boxes as geometry
-from core_ucp.view.boxes import Boxes, Table
+from core_ucp.view.boxes import Boxes, Rows, Table
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +31,15 @@ class Pieces:
     def __len__(self) -> int:
         return len(self.boxes)
 
-    def take(self, rows: Table | NDArray[np.bool_]) -> Pieces:
+    def take(self, rows: Rows) -> Pieces:
         """The pieces of some rows."""
         return Pieces(self.boxes.take(rows), self.file[rows], self.offset[rows], self.stride[rows])
+
+    @property
+    def filled(self) -> Pieces:
+        """The pieces that hold any element."""
+        volume = self.boxes.volume
+        return self if volume.all() else self.take(volume > 0)
 
     def cut(self, rows: Table, inner: Boxes) -> Pieces:
         """Parts of pieces.
@@ -65,7 +70,7 @@ class Pieces:
             start: first index of the box in the atom; zeros unless given.
         """
         first = [0] * len(shape) if start is None else start
-        boxes = Boxes.of([(first, shape)], len(shape))
+        boxes = Boxes(np.array([first], np.int64), np.array([shape], np.int64))
         stride = np.array([row_major(shape, itemsize)], np.int64).reshape(1, len(shape))
         return cls(boxes, np.array([file], np.int64), np.array([offset], np.int64), stride)
 
@@ -84,7 +89,7 @@ class Pieces:
             itemsize: bytes of an element.
         """
         first, last, files, offsets = np.array([[begin], [end], [file], [offset]], np.int64)
-        return cls.ranges(shape, first, last, files, offsets, itemsize)
+        return cls.ranges(shape, first, last, files, offsets, itemsize)[1]
 
     @classmethod
     def ranges(
@@ -95,7 +100,7 @@ class Pieces:
         file: Table,
         offset: Table,
         itemsize: int,
-    ) -> Pieces:
+    ) -> tuple[Table, Pieces]:
         """Many ranges of the row-major elements of the whole atom, see :meth:`flat`.
 
         Args:
@@ -105,12 +110,15 @@ class Pieces:
             file: index of each range's file, shape ``(n,)``.
             offset: byte of the first element of each range, shape ``(n,)``.
             itemsize: bytes of an element.
+
+        Returns:
+            the range that each piece is of, and the pieces in the order of ranges and elements.
         """
         row, boxes = geometry.flat_ranges(shape, begin, end)
         step = np.array(row_major(shape, itemsize), np.int64).reshape(1, len(shape))
         stride = np.repeat(step, len(boxes), axis=0)
         first = (boxes.start * stride).sum(axis=1) - begin[row] * itemsize
-        return cls(boxes, file[row], offset[row] + first, stride)
+        return row, cls(boxes, file[row], offset[row] + first, stride)
 
 
 def join(parts: Sequence[Pieces]) -> Pieces:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache, partial
 from itertools import takewhile
 from typing import Any
 
@@ -23,6 +24,9 @@ ALLOWED = (
     "datetime.*",
 )
 """Classes that come out inert: DeepSpeed's own, and harmless ones that users save along."""
+
+Tree = Callable[[str], Mapping[str, Any]]
+"""The tree of a file, by its name."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +114,9 @@ def open_content(folder: Folder) -> Content:
         CheckpointError: when ranks are missing, or files of several checkpoints are mixed.
     """
     files = Files(folder.path)
-    first = _first(folder, files)
-    stage, prefix = _stage(folder, files, first)
+    tree = cache(partial(read, files))  # the first files are looked at twice
+    first = _first(folder, tree)
+    stage, prefix = _stage(folder, tree, first)
     parallel = first.tree.get("checkpoint_parallel_dimensions")
     sizes = parallel if isinstance(parallel, Mapping) else {}
     mp = _degree(first, "mp_world_size")
@@ -125,22 +130,22 @@ def open_content(folder: Folder) -> Content:
         )
     content = Content(folder, files, stage, _degree(first, "dp_world_size"), tp, pp)
     if stage == 3:
-        content.models |= _taken(content, folder.zero_models, content.dp)
+        content.models |= _taken(content, folder.zero_models, content.dp, tree)
     else:
         grid = {(0, rank): name for rank, name in folder.models.items()}
-        content.models |= _taken(content, grid, 1)
+        content.models |= _taken(content, grid, 1, tree)
     if stage:
-        for at, model in _taken(content, folder.optimizers[prefix], content.dp).items():
-            content.optimizers[at] = Optimizer(model.name, _inner(files, model))
+        for at, model in _taken(content, folder.optimizers[prefix], content.dp, tree).items():
+            content.optimizers[at] = Optimizer(model.name, _inner(folder, model))
     _stale(content)
     _agree(content)
     return content
 
 
-def _first(folder: Folder, files: Files) -> Model:
+def _first(folder: Folder, tree: Tree) -> Model:
     """A file that says how many ranks there were."""
     names = [*folder.models.values()][:1] + [*folder.zero_models.values()][:1]
-    both = [Model(name, read(files, name)) for name in names]
+    both = [Model(name, tree(name)) for name in names]
     if len(both) == 1:
         return both[0]
     whole, part = both
@@ -151,7 +156,7 @@ def _first(folder: Folder, files: Files) -> Model:
     return part if stage == 3 and newer else whole
 
 
-def _stage(folder: Folder, files: Files, first: Model) -> tuple[int, str]:
+def _stage(folder: Folder, tree: Tree, first: Model) -> tuple[int, str]:
     """Stage of ZeRO, and the prefix of the files of its optimizer."""
     config = config_of(first.tree)
     prefixes = sorted(folder.optimizers)
@@ -162,7 +167,7 @@ def _stage(folder: Folder, files: Files, first: Model) -> tuple[int, str]:
     prefix = wanted if wanted in folder.optimizers else prefixes[0]
     grid = folder.optimizers[prefix]
     name = grid[min(grid)]
-    stage = _inner(files, Model(name, read(files, name))).get("zero_stage")
+    stage = _inner(folder, Model(name, tree(name))).get("zero_stage")
     if isinstance(stage, Inert) and stage.arguments:
         stage = stage.arguments[0]
     if stage is None:
@@ -172,11 +177,11 @@ def _stage(folder: Folder, files: Files, first: Model) -> tuple[int, str]:
     return stage, prefix
 
 
-def _inner(files: Files, model: Model) -> Mapping[str, Any]:
+def _inner(folder: Folder, model: Model) -> Mapping[str, Any]:
     tree = model.tree.get("optimizer_state_dict")
     if not isinstance(tree, Mapping):
         raise CheckpointError(
-            f"{files.folder / model.name} is damaged", why="it holds no optimizer_state_dict"
+            f"{folder.path / model.name} is damaged", why="it holds no optimizer_state_dict"
         )
     return tree
 
@@ -200,7 +205,7 @@ def config_of(tree: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _taken(
-    content: Content, grid: Mapping[tuple[int, int], str], dp: int
+    content: Content, grid: Mapping[tuple[int, int], str], dp: int, tree: Tree
 ) -> dict[tuple[int, int], Model]:
     """The files of all ranks that there should be, opened."""
     wanted = ((rank, mp) for mp in range(content.mp) for rank in range(dp))
@@ -216,7 +221,7 @@ def _taken(
             + (f" beside {like}" if like else ""),
             fix="copy the files of all nodes into one folder",
         )
-    return {at: Model(grid[at], content.read(grid[at])) for at in there}
+    return {at: Model(grid[at], tree(grid[at])) for at in there}
 
 
 def _stale(content: Content) -> None:

@@ -140,7 +140,7 @@ def read_frozen(content: Content, mp: int, share: Share) -> None:
         file = np.array([part.file for part in parts], np.int64)
         offset = np.array([part.offset for part in parts], np.int64)
         dtype = parts[0].dtype
-        pieces = Pieces.ranges(
+        _, pieces = Pieces.ranges(
             shape, begin[filled], end[filled], file[filled], offset[filled], dtype.itemsize
         )
         share.halves[name] = Atom(shape, dtype, pieces)

@@ -113,7 +113,7 @@ def _write_parts(
         begin = np.minimum(np.arange(ranks, dtype=np.int64) * room.shape[0], atom.numel)
         end = np.minimum(begin + room.shape[0], atom.numel)
         offset = np.full(ranks, archive.places[room], np.int64)
-        pieces = Pieces.ranges(atom.shape, begin, end, files, offset, room.dtype.itemsize)
+        _, pieces = Pieces.ranges(atom.shape, begin, end, files, offset, room.dtype.itemsize)
         made.want(weight_key(name), atom.shape, room.dtype, pieces)
 
 
