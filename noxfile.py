@@ -69,9 +69,13 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def foreign(session: nox.Session) -> None:
-    """Run the tests of checkpoints that DeepSpeed and Megatron write and read, with those installed."""
+    """Run the tests against other frameworks, with those installed: DeepSpeed, Megatron, torchao."""
     install_all(session, "test", "foreign")
     session.run("pytest", "integration_tests/ucp", *session.posargs)
+    session.install(*group("peers"))
+    names = "quality", "test_mx.py", "models/test_quantizing_a_model.py"
+    peers = [f"packages/core-fp6/tests/{name}" for name in names]
+    session.run("pytest", *peers, *session.posargs)
 
 
 @nox.session(requires=["wheels"], reuse_venv=False)

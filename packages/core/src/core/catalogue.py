@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from core.plugins import Plugins
 
@@ -17,11 +18,13 @@ class Package:
         name: distribution name.
         summary: what it does, in a few words.
         recipes: recipes that it adds steps to.
+        quantizers: ways of quantizing that it teaches transformers, as ``config.json`` calls them.
     """
 
     name: str
     summary: str
     recipes: tuple[str, ...] = ()
+    quantizers: tuple[str, ...] = ()
 
     @property
     def plugin(self) -> str:
@@ -33,9 +36,13 @@ def packages() -> list[Package]:
     """All packages of the catalogue."""
     text = Path(__file__).with_name("catalogue.toml").read_text(encoding="utf-8")
     return [
-        Package(name, str(row["summary"]), tuple(row.get("recipes", ())))
+        Package(name, **{key: _frozen(value) for key, value in row.items()})
         for name, row in tomllib.loads(text).items()
     ]
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def not_installed(recipe: str, plugins: Plugins) -> list[Package]:

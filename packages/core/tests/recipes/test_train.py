@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 import core
 from core.contributions import BATCH, MODEL, Phase
@@ -81,6 +82,26 @@ def test_a_batch_that_cannot_be_divided_is_refused(tmp_path: Path) -> None:
         pytest.raises(core.DataError, match="3 accumulation steps"),
     ):
         train_model(run)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "reason"),
+    [
+        ({"quant_method": "nobody_knows"}, "(?s)nobody_knows.*install the package that made it"),
+        ({"quant_method": "core_fp6"}, "(?s)core_fp6.*pip install core-fp6"),
+        ("fp6", "config.json"),
+    ],
+)
+def test_weights_that_nothing_installed_reads_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: Any, reason: str
+) -> None:
+    monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "core_fp6", raising=False)
+    build("Llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = quantization
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(core.ModelError, match=reason):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -89,11 +89,13 @@ def _rows(octets: NDArray[np.uint8], row: int) -> Digest:
     """Digest of whole rows, the first of which has the number ``row``."""
     words = octets.view("<u8").reshape(-1, _WIDTH)
     sums = np.empty((2, len(words)), np.uint64)
+    shifted = np.empty((min(len(words), _AT_ONCE), _WIDTH), np.uint64)
     for begin in range(0, len(words), _AT_ONCE):
         part = words[begin : begin + _AT_ONCE]
+        upper = np.right_shift(part, _HALF, out=shifted[: len(part)])
         # Unlike a product of matrices, einsum lets other threads run.
         np.einsum("ij,j->i", part, _COLUMNS[0], out=sums[0, begin : begin + _AT_ONCE])
-        np.einsum("ij,j->i", part >> _HALF, _COLUMNS[1], out=sums[1, begin : begin + _AT_ONCE])
+        np.einsum("ij,j->i", upper, _COLUMNS[1], out=sums[1, begin : begin + _AT_ONCE])
     numbers = np.arange(row, row + len(words), dtype=np.uint64)
     pairs = zip(sums, _SEEDS, strict=True)
     return Digest(*(int((part * _mixed(numbers, ~seed & _MASK)).sum()) for part, seed in pairs))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from core.catalogue import packages
 from core.contributions import ModelFamily
 from core.errors import ModelError, closest
 from core.hooks import Hooks
+from core.plugins import one_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,6 +61,7 @@ def load_model(path: Path) -> nn.Module:
     quiet_transformers()
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} is no model", why="it has no config.json")
+    _require_quantizer(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False
@@ -65,6 +69,25 @@ def load_model(path: Path) -> nn.Module:
     except Exception as error:
         raise ModelError(f"cannot load {path}", why=str(error).splitlines()[0]) from error
     return cast("nn.Module", model)
+
+
+def _require_quantizer(path: Path) -> None:
+    """Refuse weights that nobody here can read: transformers would only warn, and go on."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        method = (config.get("quantization_config") or {}).get("quant_method")
+    except (AttributeError, ValueError) as error:
+        raise ModelError(f"cannot load {path}", why=f"config.json: {one_line(error)}") from error
+    if method is None or method in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        return
+    sellers = [package.name for package in packages() if method in package.quantizers]
+    raise ModelError(
+        f"cannot load {path}",
+        why=f"its weights are quantized by {method!r}, which nothing installed here reads",
+        fix=f"pip install {sellers[0]}" if sellers else "install the package that made it",
+    )
 
 
 def build_small(preset: str, overrides: Mapping[str, Any]) -> nn.Module:

@@ -1,0 +1,1 @@
+"""Products with six-bit weights: a reference in torch, and one backend per kind of device."""

@@ -1,0 +1,1 @@
+"""Models with six-bit weights in memory: which modules, what takes their place, and a report."""

@@ -1,0 +1,1 @@
+"""What six bits cost: scales that are searched, calibrated by text, and compared with others."""

@@ -1,0 +1,1 @@
+"""Weights of six bits: formats of codes, scales, and both packed together."""
