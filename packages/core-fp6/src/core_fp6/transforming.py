@@ -58,5 +58,6 @@ def _announce(run: Run, name: str, report: Report) -> None:
     smaller = report.bytes_before / report.bytes_after
     run.announce(
         f"fp6: {name} has {report.coverage:.1%} of its parameters in {report.scheme.name},"
-        f" {report.bits_per_weight:.3f} bits each; {smaller:.2f} times smaller in all"
+        f" {report.bits_per_weight:.3f} bits each; {smaller:.2f} times smaller in all,"
+        " and these weights are not trained"
     )
