@@ -41,8 +41,8 @@ def test_linear_keeps_the_rules_of_operators(scheme, bias, shape):
     weight = packed(37, 300, scheme=scheme)
     x = torch.randn(shape, requires_grad=True)
     b = torch.randn(37, requires_grad=True) if bias else None
-    given = (x, *arguments(weight), b, *numbers(weight))
-    torch.library.opcheck(torch.ops.core_fp6.linear.default, given, test_utils=TESTS)
+    operands = (x, *arguments(weight), b, *numbers(weight))
+    torch.library.opcheck(torch.ops.core_fp6.linear.default, operands, test_utils=TESTS)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
@@ -51,12 +51,12 @@ def test_the_other_operators_keep_them_too(scheme):
     ends = torch.tensor([2, 2, 7, 10], dtype=torch.int32)
     x, grad = torch.randn(10, 300, requires_grad=True), torch.randn(10, 37)
     known = torch.ops.core_fp6
-    for operator, given in (
+    for operator, operands in (
         (known.grouped_linear, (x, *arguments(weight), ends, *numbers(weight))),
         (known.grouped_backward, (grad, *arguments(weight), ends, *numbers(weight))),
         (known.dequantize, (*arguments(weight), *numbers(weight), torch.bfloat16)),
     ):
-        torch.library.opcheck(operator.default, given, test_utils=TESTS)
+        torch.library.opcheck(operator.default, operands, test_utils=TESTS)
 
 
 @given(
