@@ -64,7 +64,9 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run all tests in one environment with all packages; they build the documentation too."""
     install_all(session, "test", "types", "docs")
-    session.run("pytest", *session.posargs)
+    # The tests of a file share what they set up; each process keeps to one thread.
+    spread = ("-n", "auto", "--dist", "loadfile")
+    session.run("pytest", *spread, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session

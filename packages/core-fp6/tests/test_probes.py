@@ -12,6 +12,7 @@ import pytest
 from core.contributions import Reading
 from core.discovery import discover
 from core.errors import SettingsError
+from core.native import reporting
 from core.testing.fixtures import make_run
 from core_fp6 import plugin, probes
 from core_fp6.kernels import cpu
@@ -28,7 +29,7 @@ def by_name(found: Any) -> dict[str, Reading]:
 
 
 def test_the_doctor_names_the_cpu_kernel_and_why(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "_PATIENCE", 300.0)
+    monkeypatch.setattr(reporting, "PATIENCE", 300.0)
     found = by_name(plugin.kernels(run))
     assert {*found} == {"CPU kernel", "Triton", "GPU"}
     kernel = found["CPU kernel"]
@@ -64,7 +65,7 @@ def test_the_doctor_does_not_wait_for_a_compiler(run: Any, monkeypatch: pytest.M
         return cpu.Variant("avx2", "")
 
     monkeypatch.setattr(cpu, "variant", compile_slowly)
-    monkeypatch.setattr(probes, "_PATIENCE", 0.01)
+    monkeypatch.setattr(reporting, "PATIENCE", 0.01)
     found = by_name(probes.kernels(run))["CPU kernel"]
     compiled.set()
     assert found.status == "skip"

@@ -15,6 +15,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from core.attention import (
+    AttentionSwitch,
     _registered,
     attention,
     register_attention,
@@ -219,6 +220,20 @@ def test_use_is_undone_after_an_exception() -> None:
     assert model.config._attn_implementation == "sdpa"
     with pytest.raises(ModelError, match="nobody"):
         switch_attention(model, "nobody")
+
+
+def test_a_switch_goes_over_and_back_as_often_as_wanted() -> None:
+    model = build()
+    switch = AttentionSwitch(model, register("core_test"))
+    for current in ("sdpa", "eager"):
+        model.set_attn_implementation(current)
+        for _ in range(2):
+            with suppress(KeyError), switch:
+                assert model.config._attn_implementation == "core_test"
+                raise KeyError
+            assert model.config._attn_implementation == current
+    with pytest.raises(ModelError, match="BloomModel"):
+        AttentionSwitch(build("Bloom"), "core_test")
 
 
 def test_the_transform_pickles_and_fits_a_plan() -> None:

@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from core.equivalence import (
     counted,
     decoder_layers,
+    probe_tokens,
     record,
     require_calls,
     require_equivalent,
@@ -202,3 +203,17 @@ def in_pieces(mlp: nn.Module, whole: Callable[..., Tensor]) -> Callable[..., Ten
 
     mlp.forward = split
     return whole
+
+
+def test_a_model_run_in_packed_pieces_has_the_same_trace() -> None:
+    """Two rows in one, and one token after the other, as far as a row's own tokens go."""
+    model = build()
+    tokens = probe_tokens(model)
+
+    def row_by_row(ids: Tensor) -> Tensor:
+        rows = [model(row.unsqueeze(0), use_cache=False).logits for row in ids]
+        return torch.cat(rows)
+
+    before, after = record(model, tokens), record(model, tokens, run=row_by_row)
+    require_equivalent(before, after)
+    assert after.layers[0].output.shape == before.layers[0].output.shape

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from core import Reading
-from core.errors import SettingsError
+from core.native import reading
 from core_fp6.kernels import cpu
 from core_fp6.models.linear import FP6Linear
 from core_fp6.timing import interleaved, one_thread
@@ -23,9 +22,6 @@ from core_fp6.weights.scaling import Scheme
 if TYPE_CHECKING:
     from core import Run
 
-_CPU = "CPU kernel"
-_PATIENCE = 3.0
-"""Seconds that a kernel may take to be compiled before it is reported as not ready."""
 _CAPABILITY = (8, 0)
 """Of the oldest GPU that multiplies bfloat16 matrices in its tensor cores."""
 
@@ -38,24 +34,11 @@ def kernels(run: Run) -> Iterator[Reading]:
 
 
 def _cpu() -> Reading:
-    builder = ThreadPoolExecutor(1)
-    try:
-        found = builder.submit(cpu.variant).result(_PATIENCE)
-    except TimeoutError:
-        value, advice = "is being compiled for its first use", "ask again in a moment"
-        return Reading(name=_CPU, status="skip", value=value, advice=advice)
-    except SettingsError as error:
-        why = f"{error.what}: {error.why}"
-        return Reading(name=_CPU, status="fail", value=why, advice=error.fix)
-    finally:
-        builder.shutdown(wait=False)
-    slow = found.name in ("plain", "eager")
-    return Reading(
-        name=_CPU,
-        status="warn" if slow else "ok",
-        value=found.name,
-        limit=found.reason,
-        advice="install a C compiler, or use a processor with AVX2" if slow else "",
+    return reading(
+        "CPU kernel",
+        cpu.variant,
+        slow=("plain", "eager"),
+        advice="install a C compiler, or use a processor with AVX2",
     )
 
 

@@ -33,7 +33,16 @@ _PUBLIC = {
         "Transform",
     ),
     "core.discovery": ("discover",),
-    "core.engines": ("Completion", "Engine", "Request", "Sampling", "Token", "generate"),
+    "core.engines": (
+        "Completion",
+        "Constraint",
+        "Engine",
+        "EngineStats",
+        "Request",
+        "Sampling",
+        "Token",
+        "generate",
+    ),
     "core.errors": (
         "CheckpointError",
         "CoreError",
@@ -94,7 +103,9 @@ if TYPE_CHECKING:
     from core.discovery import discover as discover
     from core.engines import (
         Completion as Completion,
+        Constraint as Constraint,
         Engine as Engine,
+        EngineStats as EngineStats,
         Request as Request,
         Sampling as Sampling,
         Token as Token,

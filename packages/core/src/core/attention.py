@@ -29,6 +29,7 @@ MaskFunction = Callable[..., Any]
 
 __all__ = [
     "AttentionFunction",
+    "AttentionSwitch",
     "MaskFunction",
     "attention",
     "is_ours",
@@ -181,6 +182,41 @@ def switch_attention(model: nn.Module, name: str) -> Callable[[], None]:
         undo()
         raise ModelError(f"{type(model).__name__} refuses {name!r}", why=str(error)) from error
     return undo
+
+
+class AttentionSwitch:
+    """Switches the text decoder to a registered attention function and back, as often as wanted.
+
+    For engines, which switch in every pass: it takes no more than a few assignments. What the model
+    used before is looked up every time.
+
+    Args:
+        model: as for :func:`switch_attention`.
+        name: as for :func:`switch_attention`.
+
+    Raises:
+        ModelError: as :func:`switch_attention`.
+
+    Example::
+
+        switch = AttentionSwitch(model, "core_hello")
+        with switch:
+            model(tokens)
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        undo = switch_attention(model, name)
+        configs = _configs(cast(Any, decoder(model)).config)
+        self._new = [(config, config._attn_implementation) for config in configs]
+        self._old: list[tuple[Any, Any]] = []
+        undo()
+
+    def __enter__(self) -> None:
+        self._old = [(config, config._attn_implementation) for config, _ in self._new]
+        _restore(self._new)
+
+    def __exit__(self, *_: object) -> None:
+        _restore(self._old)
 
 
 @contextmanager

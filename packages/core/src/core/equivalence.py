@@ -101,6 +101,7 @@ def record(
     attention: str = "",
     length: int | None = None,
     seed: int = 0,
+    run: Callable[[Tensor], Tensor] | None = None,
 ) -> Trace:
     """Run a few tokens through a model and keep the output of every decoder layer and the logits.
 
@@ -114,6 +115,9 @@ def record(
         attention: count the calls of the attention function of this name.
         length: number of random tokens instead of the default.
         seed: seed of the random tokens.
+        run: runs the given ``tokens`` through the model in another way and returns their logits
+            (B, T, vocabulary). It may pack the rows into one, and split that into passes, as long as
+            the tokens keep their order.
 
     Raises:
         ModelError: for a model without weights, without layers, or whose layers are not called.
@@ -127,7 +131,7 @@ def record(
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError(f"{type(model).__name__} has no weights yet", fix="load the weights first")
     if tokens is None:
-        tokens, real = _random_tokens(model, length, seed)
+        tokens, real = _left_padded(probe_tokens(model, length, seed))
     real = torch.ones_like(tokens, dtype=torch.bool) if real is None else real.bool()
     layers = decoder_layers(model)
     outputs: list[list[Tensor]] = [[] for _ in layers]
@@ -138,10 +142,11 @@ def record(
         stack.enter_context(_undisturbed(model))
         callers = stack.enter_context(counted(attention)) if attention else []
         inputs = {"input_ids": tokens.to(device), "attention_mask": real.long().to(device)}
-        result = model(**inputs, use_cache=False)
+        result = run(tokens) if run else model(**inputs, use_cache=False)
     times = Counter(id(caller) for caller in callers)
-    traces = [_trace(model, i, layers[i], outputs[i], times) for i in range(len(layers))]
-    logits = result.logits if hasattr(result, "logits") else result.last_hidden_state
+    rows = tokens.shape
+    traces = [_trace(model, i, layers[i], outputs[i], times, rows) for i in range(len(layers))]
+    logits = result if isinstance(result, Tensor) else _logits(result)
     return Trace(type(model).__name__, tokens.cpu(), real.cpu(), tuple(traces), logits.cpu())
 
 
@@ -234,7 +239,12 @@ def _keep(kept: list[Tensor], module: nn.Module, args: Any, output: Any) -> None
 
 
 def _trace(
-    model: nn.Module, index: int, layer: nn.Module, kept: list[Tensor], times: Counter[int]
+    model: nn.Module,
+    index: int,
+    layer: nn.Module,
+    kept: list[Tensor],
+    times: Counter[int],
+    rows: torch.Size,
 ) -> LayerTrace:
     kind = type(layer).__name__
     if not kept:
@@ -243,7 +253,14 @@ def _trace(
     attends = any("Attention" in type(module).__name__ for module in inside)
     # A layer that was run chunk by chunk gave its output in pieces.
     output = torch.cat(kept, dim=1) if len(kept) > 1 else kept[0]
+    if output.shape[:2] == (1, rows.numel()):
+        output = output.view(*rows, -1)
     return LayerTrace(kind, output, attends, sum(times[id(module)] for module in inside))
+
+
+def _logits(result: Any) -> Tensor:
+    logits: Tensor = result.logits if hasattr(result, "logits") else result.last_hidden_state
+    return logits
 
 
 def _compare(trace: Trace, where: str, old: Tensor, new: Tensor, tolerance: float) -> None:
@@ -279,16 +296,26 @@ def _undisturbed(model: nn.Module) -> Generator[None]:
                 module.training = training
 
 
-def _random_tokens(model: nn.Module, length: int | None, seed: int) -> tuple[Tensor, Tensor]:
+def probe_tokens(model: nn.Module, length: int | None = None, seed: int = 0) -> Tensor:
+    """Draw (2, T) random token ids, long enough to leave a sliding window of up to 1000 tokens.
+
+    Args:
+        model: a transformers model.
+        length: number of tokens instead of that.
+        seed: seed of the tokens.
+    """
     config = _config(model)
     if not length:
         spans = [getattr(config, n, None) for n in ("sliding_window", "attention_chunk_size")]
         length = min(_SHORT + max(int(span or 0) for span in spans), _LONGEST)
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(1, config.vocab_size, (2, length), generator=generator)
+    return torch.randint(1, config.vocab_size, (2, length), generator=generator)
+
+
+def _left_padded(tokens: Tensor) -> tuple[Tensor, Tensor]:
     real = torch.ones_like(tokens, dtype=torch.bool)
     # On the left: what a causal model sees is never on the right of it.
-    real[1, : length // 3] = False
+    real[1, : tokens.shape[1] // 3] = False
     return tokens, real
 
 

@@ -75,7 +75,9 @@ class Format:
         return float(2.0 ** (1 - self.bias - self.mantissa))
 
     def encode(self, values: Tensor) -> Tensor:
-        """Round to the nearest code, ties to the even one; what is too large becomes the largest.
+        """Round to the nearest code; what is too large becomes the largest.
+
+        Ties go to the even code, and to the larger one in a format without mantissa.
 
         Args:
             values: float16, bfloat16 or float32 of any shape, finite.

@@ -48,8 +48,50 @@ class Sampling(Settings):
     seed: int = 0
     """Seed of the request's generator."""
 
+    min_p: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Drop tokens that are less likely than this share of the most likely one; 0 drops none."""
+
+    repetition_penalty: Annotated[float, Gt(0)] = 1.0
+    """Divide positive logits of tokens of prompt and answer by this, and multiply negative ones."""
+
+    presence_penalty: Annotated[float, Ge(-2), Le(2)] = 0.0
+    """Subtract this from the logit of every token that the answer holds."""
+
+    frequency_penalty: Annotated[float, Ge(-2), Le(2)] = 0.0
+    """Subtract this for every time that the answer holds a token."""
+
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
+    """Added to the logits of these token ids."""
+
     stop_ids: tuple[int, ...] = ()
     """Token ids that end the answer; the id itself is returned as the last token."""
+
+    min_new_tokens: Annotated[int, Ge(0)] = 0
+    """Tokens to generate before a stop id may come."""
+
+    top_logprobs: Annotated[int, Ge(-1), Le(64)] = -1
+    """How many of the most likely tokens to tell with every token; -1 tells nothing of the kind."""
+
+
+class Constraint(Protocol):
+    """What an answer may consist of, such as a grammar: which token may come next.
+
+    Belongs to one request, and is asked in the order of its tokens.
+
+    Example::
+
+        class OnlyDigits:
+            def __init__(self, digits): self.mask = digits  # (vocabulary,) bool
+            def allowed(self): return self.mask
+            def accept(self, token): pass
+    """
+
+    def allowed(self) -> Tensor:
+        """(vocabulary,) bool on the CPU: the tokens that may come next, at least one."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Take note of the token that came."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +101,13 @@ class Request:
     Args:
         prompt: token ids, at least one.
         sampling: how tokens are drawn.
+        constraint: what the answer may consist of; used up by one request.
         extras: what a particular engine understands beyond this; unknown names are refused.
     """
 
     prompt: Sequence[int]
     sampling: Sampling = Sampling()
+    constraint: Constraint | None = None
     extras: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -77,6 +121,8 @@ class Token:
         logprob: natural log-probability under the distribution it was drawn from, in float32.
         finish: why the request ended with this token, or ``None`` while it goes on.
         weights: version of the weights that made it.
+        top: with ``top_logprobs``: this token and then the most likely ones, each with its
+            log-probability under the model's own distribution, before anything else was applied.
     """
 
     request: int
@@ -84,6 +130,36 @@ class Token:
     logprob: float = 0.0
     finish: FinishReason | None = None
     weights: int = 0
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """What an engine is doing, and what it has done since it was built.
+
+    Args:
+        running: requests that are being computed.
+        waiting: requests that are queued.
+        kv_used: tokens of which keys and values are held for running requests.
+        kv_total: tokens of which they can be held; 0 where nothing but memory limits it.
+        passes: forward passes.
+        prompt_tokens: tokens of prompts that were computed, or taken from a cache.
+        new_tokens: tokens that were generated.
+        reused_tokens: those of the prompts that were taken from a cache.
+        evictions: times that a request gave up its keys and values to be computed anew.
+        ended: requests by finish reason.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    kv_used: int = 0
+    kv_total: int = 0
+    passes: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    reused_tokens: int = 0
+    evictions: int = 0
+    ended: Mapping[FinishReason, int] = field(default_factory=dict["FinishReason", int])
 
 
 class Engine(Protocol):
@@ -97,11 +173,16 @@ class Engine(Protocol):
 
         engine = run.engine(model)
         first = engine.add(Request(prompt=[1, 2, 3]))
-        while tokens := engine.step():
-            for token in tokens:
+        while engine.busy:
+            for token in engine.step():
                 print(token.request, token.id, token.finish)
         engine.close()
     """
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is queued or running, so that :meth:`step` has something to do."""
+        ...
 
     def add(self, request: Request) -> int:
         """Queue a request and return its id.
@@ -115,7 +196,14 @@ class Engine(Protocol):
         """End a request with the finish reason ``cancelled``; unknown ids are fine."""
 
     def step(self) -> list[Token]:
-        """Run the model once, and return the tokens it made; empty when there is nothing to do."""
+        """Run the model once, and return the tokens it made.
+
+        None with nothing to do, and where the pass only took a part of a prompt.
+        """
+        ...
+
+    def stats(self) -> EngineStats:
+        """What the engine is doing."""
         ...
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -177,8 +265,8 @@ def generate(
     ]
     order = _add_all(engine, requests)
     tokens: dict[int, list[Token]] = {request: [] for request in order}
-    while made := engine.step():
-        for token in made:
+    while engine.busy:
+        for token in engine.step():
             tokens.setdefault(token.request, []).append(token)
     return [_complete(request, tokens[request]) for request in order]
 
@@ -191,8 +279,8 @@ def _add_all(engine: Engine, requests: Sequence[Request]) -> list[int]:
     except EngineError:
         for number in order:
             engine.cancel(number)
-        while engine.step():
-            pass
+        while engine.busy:
+            engine.step()
         raise
     return order
 

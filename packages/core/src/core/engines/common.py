@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from core.engines import FinishReason, Request, Sampling
+from core.engines import Request
 from core.errors import EngineError
 
 
@@ -35,7 +35,8 @@ def check_request(config: Any, request: Request, known_extras: Collection[str] =
     prompt, new = request.prompt, request.sampling.max_new_tokens
     if len(prompt) == 0:
         raise EngineError("the prompt is empty", fix="give at least one token")
-    wrong = [i for i in prompt if not 0 <= i < text.vocab_size]
+    mentioned = (*request.sampling.stop_ids, *request.sampling.logit_bias)
+    wrong = [i for ids in (prompt, mentioned) for i in ids if not 0 <= i < text.vocab_size]
     if wrong:
         raise EngineError(f"token {wrong[0]} is not in 0..{text.vocab_size - 1}")
     longest = getattr(text, "max_position_embeddings", None)
@@ -45,25 +46,6 @@ def check_request(config: Any, request: Request, known_extras: Collection[str] =
     unknown = [name for name in request.extras if name not in known_extras]
     if unknown:
         raise EngineError(f"this engine does not know {', '.join(unknown)}")
-
-
-def finish_reason(sampling: Sampling, token: int, made: int) -> FinishReason | None:
-    """Return why an answer ends with its newest token, or ``None`` while it goes on.
-
-    Args:
-        sampling: of the request.
-        token: the newest token's id.
-        made: number of tokens made so far, with this one.
-
-    Example:
-        >>> finish_reason(Sampling(max_new_tokens=2, stop_ids=(7,)), 7, 1)
-        'stop'
-        >>> finish_reason(Sampling(max_new_tokens=2), 7, 2)
-        'length'
-    """
-    if token in sampling.stop_ids:
-        return "stop"
-    return "length" if made >= sampling.max_new_tokens else None
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from core.engines import Request, Token
-from core.engines.common import check_request, evaluating, finish_reason, replace_weights
-from core.engines.sampling import draw
-from core.equivalence import decoder
-from core.errors import EngineError, ModelError
+from core.engines import EngineStats, FinishReason, Request, Token
+from core.engines.common import check_request, evaluating, replace_weights
+from core.engines.regimes import Regimes
+from core.engines.sampling import Answer
+from core.errors import EngineError
 from core.identity import CacheIdentity, identity_of
-from core.positions.rotary import Rotary
 
 if TYPE_CHECKING:
     from core.run import Run
@@ -27,15 +27,13 @@ logger = logging.getLogger("core")
 
 @dataclass
 class _Active:
-    """A request that is being answered: its cache, its generator, and what runs next."""
+    """A request that is being answered: its cache, its answer so far, and what runs next."""
 
-    request: Request
-    generator: torch.Generator
+    answer: Answer
     tokens: list[int]
     cache: Any = None
     cached: int = 0
     regime: tuple[int, ...] = ()
-    made: int = 0
     cancelled: bool = False
 
 
@@ -57,18 +55,23 @@ class PlainEngine:
         self._ids = itertools.count(1)
         self._active: dict[int, _Active] = {}
         self._weights = 0
-        self._regimes = _Regimes(model)
+        self._passes = self._prompt_tokens = self._new_tokens = 0
+        self._ended: Counter[FinishReason] = Counter()
+        self._regimes = Regimes(model)
 
     @property
     def identity(self) -> CacheIdentity:
         """Everything that keys and values of this engine depend on."""
         return identity_of(self.model, str(self._weights))
 
+    @property
+    def busy(self) -> bool:
+        return bool(self._active)
+
     def add(self, request: Request) -> int:
         check_request(self._config, request)
-        generator = torch.Generator().manual_seed(request.sampling.seed)
         number = next(self._ids)
-        self._active[number] = _Active(request, generator, list(request.prompt))
+        self._active[number] = _Active(Answer(request), list(request.prompt))
         return number
 
     def cancel(self, request: int) -> None:
@@ -78,9 +81,21 @@ class PlainEngine:
     def step(self) -> list[Token]:
         made = [self._try(number, active) for number, active in list(self._active.items())]
         for token in made:
+            self._new_tokens += token.id >= 0
             if token.finish is not None:
                 del self._active[token.request]
+                self._ended[token.finish] += 1
         return made
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=len(self._active),
+            kv_used=sum(active.cached for active in self._active.values()),
+            passes=self._passes,
+            prompt_tokens=self._prompt_tokens,
+            new_tokens=self._new_tokens,
+            ended=dict(self._ended),
+        )
 
     def _try(self, number: int, active: _Active) -> Token:
         """A request whose forward pass fails ends with an error; the others go on."""
@@ -111,15 +126,9 @@ class PlainEngine:
         version = self._weights
         if active.cancelled:
             return Token(request=number, id=-1, finish="cancelled", weights=version)
-        logits = self._forward(active)
-        if not torch.isfinite(logits).all():
-            return Token(request=number, id=-1, finish="error", weights=version)
-        sampling = active.request.sampling
-        token, logprob = draw(logits, sampling, active.generator)
-        active.tokens.append(token)
-        active.made += 1
-        finish = finish_reason(sampling, token, active.made)
-        return Token(request=number, id=token, logprob=logprob, finish=finish, weights=version)
+        drawn = active.answer.draw(self._forward(active))
+        active.tokens.append(drawn.id)
+        return Token(request=number, weights=version, **drawn._asdict())
 
     def _forward(self, active: _Active) -> Tensor:
         """Logits of the last token, float32 on the CPU; the cache grows by all it did not hold."""
@@ -133,35 +142,12 @@ class PlainEngine:
             out = self.model(
                 input_ids=ids, past_key_values=active.cache, use_cache=True, logits_to_keep=1
             )
+        self._passes += 1
+        if not active.answer.tokens:
+            self._prompt_tokens += len(active.tokens)
         active.cache, active.cached = out.past_key_values, len(active.tokens)
         logits: Tensor = out.logits[0, -1].float().cpu()
         return logits
-
-
-class _Regimes:
-    """Which rotary frequencies hold for how many tokens, over all layers of a model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._attentions: list[nn.Module] = []
-        try:
-            self._rotary = Rotary.of(model)
-        except ModelError:
-            return  # Without a rotary embedding that tells, no length changes anything.
-        self._attentions = [
-            module
-            for module in decoder(model).modules()
-            if "Attention" in type(module).__name__ and hasattr(module, "layer_idx")
-        ]
-
-    def at(self, length: int) -> tuple[int, ...]:
-        """Return what equals that of another length where one cache serves both."""
-        return tuple(self._of(module, length) for module in self._attentions)
-
-    def _of(self, module: nn.Module, length: int) -> int:
-        now, soon = (self._rotary.regime(module, tokens) for tokens in (length, length + 1))
-        # Frequencies that drift with every token (dynamic) are no regime: model.generate keeps its
-        # cache then, and so does this engine.
-        return 0 if (now, soon) == (length, length + 1) else now
 
 
 def build(model: nn.Module, run: Run) -> PlainEngine:

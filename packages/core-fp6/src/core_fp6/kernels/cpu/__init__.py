@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from core.native import Variant
 from core_fp6.kernels import reference
-from core_fp6.kernels.cpu.choosing import chosen, force
-from core_fp6.kernels.cpu.features import Variant
+from core_fp6.kernels.cpu.choosing import KERNELS
 from core_fp6.weights.packed import Packed
 
 __all__ = ["Variant", "dequantize", "force", "grouped_linear", "linear", "variant"]
@@ -21,7 +21,16 @@ __all__ = ["Variant", "dequantize", "force", "grouped_linear", "linear", "varian
 
 def variant() -> Variant:
     """Which variant computes here, and why it and none before it; builds it if need be."""
-    return chosen().variant
+    return KERNELS.chosen().variant
+
+
+def force(name: str | None) -> Variant:
+    """Compute with one variant from now on; None chooses anew, as at the first call.
+
+    Raises:
+        SettingsError: when there is no such variant, or it does not work here.
+    """
+    return KERNELS.force(name).variant
 
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
@@ -37,7 +46,7 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``[tokens, rows]`` in the dtype of ``x``.
     """
-    return chosen().linear(x, weight, bias)
+    return KERNELS.chosen().linear(x, weight, bias)
 
 
 def grouped_linear(x: Tensor, weight: Packed, ends: Tensor) -> Tensor:
@@ -51,7 +60,7 @@ def grouped_linear(x: Tensor, weight: Packed, ends: Tensor) -> Tensor:
     Returns:
         ``[tokens, rows]``.
     """
-    kernel = chosen()
+    kernel = KERNELS.chosen()
     out = x.new_zeros(x.shape[0], weight.shape[-2])
     begin = 0
     for expert, end in enumerate(ends.tolist()):
@@ -68,4 +77,4 @@ def dequantize(weight: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
         weight: in the layout of kernels.
         dtype: of the result.
     """
-    return chosen().dequantize(weight, dtype)
+    return KERNELS.chosen().dequantize(weight, dtype)

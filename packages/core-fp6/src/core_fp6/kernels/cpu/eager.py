@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from core_fp6.kernels.cpu.features import Variant
+from core.native import Variant
 from core_fp6.layouts.execution import BLOCK, planes_shape
 from core_fp6.weights.packed import Packed
 

@@ -9,8 +9,8 @@ from ctypes import c_int32, c_int64, c_uint8, c_void_p
 import torch
 from torch import Tensor
 
+from core.native import Variant
 from core_fp6.kernels.cpu import eager
-from core_fp6.kernels.cpu.features import Variant
 from core_fp6.layouts.execution import UPPER, planes_shape
 from core_fp6.weights.numbers import Format
 from core_fp6.weights.packed import Packed

@@ -243,8 +243,8 @@ def _salt(engine: Engine) -> str | None:
 
 def _drain(engine: Engine) -> list[Token]:
     made: list[Token] = []
-    while tokens := engine.step():
-        made += tokens
+    while engine.busy:
+        made += engine.step()
     return made
 
 

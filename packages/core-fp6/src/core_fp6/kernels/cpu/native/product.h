@@ -2,6 +2,8 @@
 #ifndef CORE_FP6_PRODUCT_H
 #define CORE_FP6_PRODUCT_H
 
+#include "threads.h"
+
 #include <stddef.h>
 #include <stdint.h>
 
@@ -38,17 +40,9 @@ static inline int64_t groups_of(const struct product *of) {
     return of->group_size ? (of->columns + of->group_size - 1) / of->group_size : 1;
 }
 
-static inline int64_t at_most(int64_t value, int64_t limit) {
-    return value < limit ? value : limit;
-}
-
 static inline float from_bfloat16(uint16_t bits) {
     union { uint32_t bits; float value; } both = {(uint32_t)bits << 16};
     return both.value;
 }
-
-/* Calls work(of, index) for every index below count, on up to `threads` threads with this one. */
-void run_parallel(void (*work)(const void *of, int64_t index), const void *of, int64_t count,
-                  int threads);
 
 #endif

@@ -1,7 +1,8 @@
 /* A pool of threads that callers share: each takes the next piece of the oldest unfinished work. */
-#include "product.h"
+#include "threads.h"
 
 #include <pthread.h>
+#include <stddef.h>
 #if defined(__SSE__)
 #include <xmmintrin.h>
 #endif

@@ -1,0 +1,1 @@
+"""Who is measured: every peer serves a copy of one model through the same few methods."""

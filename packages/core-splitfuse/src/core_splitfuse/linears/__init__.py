@@ -1,0 +1,1 @@
+"""Linear layers whose weights lie as the CPU's matrix multiplication reads them."""

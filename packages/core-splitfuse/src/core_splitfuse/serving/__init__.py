@@ -1,0 +1,1 @@
+"""The HTTP server: any engine of core behind the OpenAI API."""
