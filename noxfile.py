@@ -71,13 +71,15 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def foreign(session: nox.Session) -> None:
-    """Run the tests against other frameworks, with those installed: DeepSpeed, Megatron, torchao."""
+    """Run the tests that need DeepSpeed, Megatron, torchao or Ray, with these installed."""
     install_all(session, "test", "foreign")
     session.run("pytest", "integration_tests/ucp", *session.posargs)
     session.install(*group("peers"))
     names = "quality", "test_mx.py", "models/test_quantizing_a_model.py"
     peers = [f"packages/core-fp6/tests/{name}" for name in names]
     session.run("pytest", *peers, *session.posargs)
+    session.install(*group("replicas"))
+    session.run("pytest", "packages/core-splitfuse/tests/replicas", *session.posargs)
 
 
 @nox.session(requires=["wheels"], reuse_venv=False)

@@ -666,7 +666,7 @@ class _Talkative(PlainEngine):
     def step(self) -> list[Token]:
         made = super().step()
         self.idle += not made
-        return made or ([Token(request=-1, id=0)] if self.idle == 2 else [])
+        return made or ([Token(request=-1, id=0)] if self.idle == 1 else [])
 
 
 @pytest.mark.parametrize(

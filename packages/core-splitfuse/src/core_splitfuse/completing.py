@@ -51,7 +51,7 @@ class Pipeline:
         Args:
             prompts: one text or several.
             stop: strings that end an answer.
-            sampling: fields of :class:`core.Sampling`; the tokenizer's end of text stops, too.
+            sampling: fields of :class:`core.engines.Sampling`; the tokenizer's end of text stops, too.
 
         Raises:
             EngineError: for a prompt that the engine refuses; the others are not begun then.
@@ -76,7 +76,7 @@ class Pipeline:
         Args:
             prompt: the text.
             stop: strings that end the answer.
-            sampling: fields of :class:`core.Sampling`.
+            sampling: fields of :class:`core.engines.Sampling`.
 
         Raises:
             EngineError: for a prompt that the engine refuses.

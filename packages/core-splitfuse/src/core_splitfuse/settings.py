@@ -58,7 +58,8 @@ class SplitFuseSettings(Settings):
 
     pack_linears: bool = False
     """Repack the weights of linear layers for the CPU's matrix multiplication. Faster, and closing
-    the engine puts the originals back; not for a model that trains meanwhile."""
+    the engine puts the originals back. Not for a model that trains meanwhile: until then these
+    parameters read as NaN, and only ``state_dict()`` tells their values."""
 
     graphs: Literal["auto", "off"] = "auto"
     """On CUDA devices, replay recorded passes of some numbers of tokens."""

@@ -170,7 +170,6 @@ class Engine:
         """All that was computed is of other weights."""
         if self._linears is not None:
             self._linears.refresh()
-        self._runner.forget()
         self._salts.renew(self._weights.version)
         self._requests.recompute()
 

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from core.equivalence import decoder, probe_tokens, record, require_calls, require_equivalent
 from core.errors import CoreError, ModelError
 from core_splitfuse.attention.function import NAME
-from core_splitfuse.attention.slabs import Slabs
 from core_splitfuse.attention.spans import Span
+from core_splitfuse.attention.store import Store, make_store
 from core_splitfuse.engine.runner import Runner
 
 _PATTERNS = frozenset({"full_attention", "sliding_attention"})
-_BLOCK = 4
 
 
 def refuse_unknown_layers(model: nn.Module) -> None:
@@ -47,12 +46,12 @@ def measure(runner: Runner, *, verify: bool) -> int:
     model = runner.model
     if not verify:
         tokens = probe_tokens(model, 1)[:1]
-        store = _store(tokens)
+        store = _store(runner, tokens)
         _pass(runner, store, [(tokens, 0, 0, 1)])
         return _bytes(model, store)
     tokens = _within_reach(model, probe_tokens(model))
     before = record(model, tokens)
-    store = _store(tokens)
+    store = _store(runner, tokens)
     try:
         after = record(model, tokens, attention=NAME, run=lambda ids: _packed(runner, store, ids))
     except CoreError:
@@ -65,13 +64,13 @@ def measure(runner: Runner, *, verify: bool) -> int:
     return _bytes(model, store)
 
 
-def _bytes(model: nn.Module, store: Slabs) -> int:
+def _bytes(model: nn.Module, store: Store) -> int:
     if not store.bytes_per_token:
         raise ModelError(f"{type(model).__name__} has no layer that keeps keys and values")
     return store.bytes_per_token
 
 
-def _packed(runner: Runner, store: Slabs, tokens: Tensor) -> Tensor:
+def _packed(runner: Runner, store: Store, tokens: Tensor) -> Tensor:
     """All logits, in passes that cut both rows, mix them, and end with a single token."""
     length = tokens.shape[1]
     if getattr(runner.policy, "atomic_prefill", False):
@@ -88,22 +87,24 @@ def _packed(runner: Runner, store: Slabs, tokens: Tensor) -> Tensor:
     return logits.view(*tokens.shape, -1)
 
 
-def _pass(runner: Runner, store: Slabs, parts: list[tuple[Tensor, int, int, int]]) -> Tensor:
+def _pass(runner: Runner, store: Store, parts: list[tuple[Tensor, int, int, int]]) -> Tensor:
     spans: list[Span] = []
     ids: list[int] = []
     for tokens, row, begin, end in parts:
         length = tokens.shape[1]
-        blocks = -(-length // _BLOCK)
+        blocks = -(-length // store.block_size)
         # Every other block, so that nothing lies behind each other.
         table = [2 * (row * blocks + index) for index in range(blocks)]
         spans.append(Span(len(ids), begin, end, table, prompt=length, known=length))
         ids += tokens[row, begin:end].tolist()
-    return runner.run(ids, spans, store, range(len(ids)))
+    return runner.run(ids, spans, store, range(len(ids)), record=False)
 
 
-def _store(tokens: Tensor) -> Slabs:
-    blocks = tokens.shape[0] * -(-tokens.shape[1] // _BLOCK)
-    return Slabs(2 * blocks * _BLOCK, _BLOCK)
+def _store(runner: Runner, tokens: Tensor) -> Store:
+    """Of small blocks, so that the few tokens have several."""
+    size = 16 if runner.device.type == "cuda" else 4
+    blocks = tokens.shape[0] * -(-tokens.shape[1] // size)
+    return make_store(2 * blocks * size, size, runner.device)
 
 
 def _within_reach(model: nn.Module, tokens: Tensor) -> Tensor:

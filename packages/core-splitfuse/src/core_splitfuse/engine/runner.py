@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from core_splitfuse.attention.function import NAME, Work, in_force, register
 from core_splitfuse.attention.rotating import ByLength, ByPolicy, Turning
 from core_splitfuse.attention.spans import Ragged, Span
 from core_splitfuse.attention.store import Store
+from core_splitfuse.engine.recorded import Recorded, can_be_recorded
 from core_splitfuse.settings import SplitFuseSettings
 
 
@@ -41,6 +43,7 @@ class Runner:
         self._switch = AttentionSwitch(model, NAME)
         self.settings = settings
         self._rotary = _rotary(model, settings.unrotated_keys)
+        self._recorded: Recorded | None = None
 
     @property
     def device(self) -> torch.device:
@@ -53,15 +56,14 @@ class Runner:
         rotation = policy_in_force(self._decoder)
         return None if rotation is None else rotation.policy
 
-    def forget(self) -> None:
-        """Forget what was recorded of the model, as after a change of its weights."""
-
     def run(
         self,
         ids: Sequence[int],
         spans: Sequence[Span],
         store: Store,
         rows: Sequence[int],
+        *,
+        record: bool = True,
     ) -> Tensor:
         """Run one pass.
 
@@ -70,30 +72,49 @@ class Runner:
             spans: the sequences they are of.
             store: where keys and values are.
             rows: tokens whose logits are wanted.
+            record: whether it may be recorded, and replayed from then on.
 
         Returns:
             (R, vocabulary) logits of ``rows``, in the model's dtype.
         """
         device = self.device
-        ragged = Ragged(spans, store.block_size, device)
-        # A head wants at least one row.
-        wanted = torch.tensor(list(rows) or [len(ids) - 1], device=device)
         with ExitStack() as stack:
             if device.type == "cuda":
                 # The current device is one of the thread, and engines run in threads of servers.
                 stack.enter_context(torch.cuda.device(device))
             turning = self._turning(stack)
-            stack.enter_context(evaluating(self.model))
-            stack.enter_context(self._switch)
-            stack.enter_context(in_force(Work(ragged, store, turning)))
+            recorded = self._recording(store) if record and not turning else None
+            logits = recorded.run(ids, spans, rows) if recorded else None
+            if logits is not None:
+                return logits
+            ragged = Ragged(spans, store.block_size, device)
+            # A head wants at least one row.
+            wanted = torch.tensor(list(rows) or [len(ids) - 1], device=device)
+            inputs = torch.tensor(ids, device=device), ragged.positions.squeeze(0), wanted
+            return self._forward(*inputs, Work(ragged, store, turning))[: len(rows)]
+
+    def _forward(self, ids: Tensor, positions: Tensor, rows: Tensor, work: Work) -> Tensor:
+        """(R, vocabulary) logits; ``ids`` and ``positions`` are those (T,) of the packed row."""
+        with evaluating(self.model), self._switch, in_force(work):
             out = self.model(
-                input_ids=torch.tensor([ids], device=device),
-                position_ids=ragged.positions,
+                input_ids=ids.long().unsqueeze(0),
+                position_ids=positions.long().unsqueeze(0),
                 use_cache=False,
-                logits_to_keep=wanted,
+                logits_to_keep=rows.long(),
             )
-        logits: Tensor = out.logits[0, : len(rows)]
+        logits: Tensor = out.logits[0]
         return logits
+
+    def _recording(self, store: Store) -> Recorded | None:
+        """What replays passes over a store, where that is possible."""
+        if not can_be_recorded(self.device, self.settings.graphs):
+            return None
+        if self._recorded is None or self._recorded.store is not store:
+            nothing = Work(Ragged((), store.block_size, self.device), store)
+            forward = partial(self._forward, work=nothing)
+            sequences = self.settings.sequences
+            self._recorded = Recorded(self.model, cast(Any, store), forward, sequences)
+        return self._recorded
 
     def _turning(self, stack: ExitStack) -> Turning | None:
         """What rotates in this pass, if the model does not."""

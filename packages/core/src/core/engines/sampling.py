@@ -16,7 +16,7 @@ _NOT_FINITE = "the model's logits are not finite"
 
 
 class Drawn(NamedTuple):
-    """A token of an answer; the fields are those of :class:`core.Token`."""
+    """A token of an answer; the fields are those of :class:`core.engines.Token`."""
 
     id: int
     logprob: float
