@@ -61,7 +61,7 @@ def _output(to: argparse.ArgumentParser) -> None:
 def _measured(to: argparse.ArgumentParser, rounds: int) -> None:
     _output(to)
     to.add_argument("--rounds", type=int, default=rounds, help="how often; figures are medians")
-    to.add_argument("--budget", type=int, default=128, help="tokens of a pass of ours and vLLM")
+    to.add_argument("--budget", type=int, default=64, help="tokens of a pass of ours and vLLM")
     to.add_argument("--prompt", type=int, default=300, help="mean tokens of prompts")
     to.add_argument("--answer", type=int, default=40, help="mean tokens of answers")
     to.add_argument("--peers", nargs="+", default=[], help="beginnings of names; all by default")
@@ -82,7 +82,7 @@ def _gates(to: argparse.ArgumentParser) -> None:
     _measured(to, rounds=3)
     to.add_argument("--requests", type=int, default=20, help="in each run")
     to.add_argument("--steady", type=float, default=1.0, help="requests a second")
-    to.add_argument("--saturated", type=float, default=3.0, help="requests a second")
+    to.add_argument("--saturated", type=float, default=2.0, help="requests a second")
     to.set_defaults(run=run_gates)
 
 

@@ -183,6 +183,6 @@ def pipeline(
             raise EngineError("a live model needs its tokenizer", fix="pipeline(model, tokenizer)")
         loaded = model
     else:
-        loaded = load_model(Path(model))
+        loaded = load_model(Path(model)).requires_grad_(False)
         tokenizer = tokenizer or load_tokenizer(Path(model))
     return Pipeline(loaded, tokenizer, Engine(loaded, settings, **changes))

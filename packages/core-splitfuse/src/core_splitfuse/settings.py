@@ -16,7 +16,7 @@ class SplitFuseSettings(Settings):
 
     budget: Annotated[int, Ge(0)] = 0
     """Tokens of a forward pass at most; a little more than what keeps the processor busy. 0 takes
-    768 on CUDA devices and 128 on CPUs."""
+    768 on CUDA devices and 64 on CPUs."""
 
     latency: Annotated[float, Ge(0)] = 0.0
     """Seconds that a pass may take; 0 lets the budget alone decide. The cost of passes is learned
@@ -56,10 +56,11 @@ class SplitFuseSettings(Settings):
     unrotated_keys: bool = False
     """Keep keys unrotated, so that requests may bring policies of positions of their own."""
 
-    pack_linears: bool = False
+    pack_linears: bool | Literal["auto"] = "auto"
     """Repack the weights of linear layers for the CPU's matrix multiplication. Faster, and closing
-    the engine puts the originals back. Not for a model that trains meanwhile: until then these
-    parameters read as NaN, and only ``state_dict()`` tells their values."""
+    the engine puts the originals back; until then these parameters read as NaN, and only
+    ``state_dict()`` tells their values. ``auto`` does so where no parameter wants a gradient, as in
+    ``core serve``."""
 
     graphs: Literal["auto", "off"] = "auto"
     """On CUDA devices, replay recorded passes of some numbers of tokens."""

@@ -280,3 +280,24 @@ def test_an_engine_that_cannot_be_built_leaves_the_model_as_it_was() -> None:
     with pytest.raises(EngineError, match="no memory for keys and values"):
         Engine(model, kv_memory=1e-12, pack_linears=True)
     require_equal(model, before)
+
+
+def test_a_model_that_does_not_train_is_packed_by_itself() -> None:
+    model = tiny.llama()
+    before = weights(model)
+    with Engine(model, kv_tokens=256) as engine:
+        require_equal(model, before)
+        wanted = answers(engine)
+    model.requires_grad_(False)
+    with Engine(model, kv_tokens=256) as engine:
+        assert model.get_submodule("lm_head").weight.isnan().all()
+        assert answers(engine) == wanted
+    require_equal(model, before)
+
+
+def test_what_cannot_be_packed_is_served_as_it_is() -> None:
+    model = tiny.llama().double().requires_grad_(False)
+    before = model.state_dict()
+    with Engine(model, kv_tokens=256) as engine:
+        answers(engine)
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from core.run import Run
 
 _NAMES = ("splitfuse", "prefill first", "transformers CB 128", "generate, batches")
-_RATE = 3.0
+_RATE = 2.0
 _FIGURES = {
     "gap95": "95th percentile of the gaps between tokens",
     "gap99": "99th percentile of the gaps between tokens",

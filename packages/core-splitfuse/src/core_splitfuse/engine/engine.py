@@ -27,14 +27,14 @@ from core_splitfuse.engine.requests import Requests
 from core_splitfuse.engine.runner import Runner
 from core_splitfuse.engine.salts import Salts
 from core_splitfuse.engine.weights import Weights
-from core_splitfuse.linears.model import pack
+from core_splitfuse.linears.model import PackedLinears, pack
 from core_splitfuse.scheduling.blocks import BlockPool
 from core_splitfuse.scheduling.modes import make_scheduler
 from core_splitfuse.settings import SplitFuseSettings
 
 logger = logging.getLogger("core")
 
-_BUDGETS = {"cuda": 768, "cpu": 128}
+_BUDGETS = {"cuda": 768, "cpu": 64}
 _BLOCKS = {"cuda": 64, "cpu": 16}
 
 
@@ -68,7 +68,7 @@ class Engine:
         self.model = model
         self._runner = Runner(model, replace(settings or SplitFuseSettings(), **changes))
         self.settings = _fitted(self._runner.settings, self._runner.device)
-        self._linears = pack(model) if self.settings.pack_linears else None
+        self._linears = _packed(model, self.settings.pack_linears)
         with ExitStack() as undo:
             if self._linears is not None:
                 undo.callback(self._linears.restore)
@@ -213,6 +213,19 @@ def _fitted(settings: SplitFuseSettings, device: torch.device) -> SplitFuseSetti
     kind = "cuda" if device.type == "cuda" else "cpu"
     budget, size = settings.budget or _BUDGETS[kind], settings.block_size or _BLOCKS[kind]
     return replace(settings, budget=budget, block_size=size)
+
+
+def _packed(model: nn.Module, wanted: bool | str) -> PackedLinears | None:
+    if wanted != "auto":
+        return pack(model) if wanted else None
+    parameters = list(model.parameters())
+    if any(p.requires_grad or p.device.type != "cpu" for p in parameters):
+        return None
+    try:
+        return pack(model)
+    except EngineError as error:
+        logger.info("linear layers stay as they are: %s", error)
+        return None
 
 
 def _require_language_model(model: nn.Module) -> None:

@@ -38,7 +38,7 @@ def open_model(
     from core.recipes.models import load_model
     from core.recipes.tokens import load_tokenizer
 
-    model = run.apply(MODEL, load_model(folder).to(run.device))
+    model = run.apply(MODEL, load_model(folder).to(run.device)).requires_grad_(False)
     tokenizer: Any = load_tokenizer(folder)
     engine = run.engine(model)
     served = Served.of(

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from core.run import Run
 
 END = "<|endoftext|>"
+"""Of every document."""
+
+CONTINUED = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+"""Chat template of a model that knows no turns: what was said so far is a text to go on with."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ def _tokenizer(run: Run, wanted: TrainSettings, texts: Sequence[str]) -> PreTrai
         return load_tokenizer(own)
     described = train_tokenizer(texts, wanted.vocabulary) if run.is_main else ""
     tokenizer = _wrap(run.ranks.gather(described)[0])
+    tokenizer.chat_template = CONTINUED
     if run.is_main:
         tokenizer.save_pretrained(str(own))
     return tokenizer

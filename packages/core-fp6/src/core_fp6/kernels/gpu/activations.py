@@ -7,8 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from core_fp6.kernels.gpu.decoding import rounded
-from core_fp6.kernels.gpu.language import (
+from core.triton import (
     OPTIONS,
     at_compile_time,
     constexpr,
@@ -17,6 +16,7 @@ from core_fp6.kernels.gpu.language import (
     tensor,
     tl,
 )
+from core_fp6.kernels.gpu.decoding import rounded
 from core_fp6.layouts import execution
 
 LARGEST = tl.constexpr(448.0)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core_fp6.kernels.gpu.language import tl
+from core.triton import tl
 from core_fp6.layouts import execution
 from core_fp6.weights.packed import Packed
 

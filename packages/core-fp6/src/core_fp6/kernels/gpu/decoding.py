@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from core_fp6.kernels.gpu.language import at_compile_time, constexpr, jit, tensor, tl, triton
+from core.triton import at_compile_time, constexpr, jit, tensor, tl, triton
 
 # The interpreter cannot compute with bfloat16: there its values go through float32, which is exact.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))

@@ -7,9 +7,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from core.triton import OPTIONS, constexpr, kernel, tensor, tl, triton
 from core_fp6.kernels.gpu.arguments import blocks_of, constants, groups_of, merge_of, planes
 from core_fp6.kernels.gpu.decoding import fragment_order, in_fragments, rounded
-from core_fp6.kernels.gpu.language import OPTIONS, constexpr, kernel, tensor, tl, triton
 from core_fp6.weights.packed import Packed
 
 _ROWS = 64

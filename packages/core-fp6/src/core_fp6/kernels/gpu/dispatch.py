@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from core.triton import made_current
 from core_fp6.kernels import reference
 from core_fp6.kernels.gpu import dequantizing, fused, grouped, library
 from core_fp6.kernels.gpu.configs import Config, Device, default
@@ -36,7 +36,7 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
         return reference.linear(x, weight, bias)
     fp8 = wants_fp8(x.device)
     choice = choose(x, weight, fp8)
-    with device_made_current(x):
+    with made_current(x):
         if isinstance(choice, Config):
             return fused.linear(x.contiguous(), weight, bias, choice, fp8)
         return library.linear(x.contiguous(), weight, bias)
@@ -57,7 +57,7 @@ def grouped_linear(x: Tensor, weight: Packed, ends: Tensor) -> Tensor:
     itemsize = 1 if fp8 else x.dtype.itemsize
     share = -(-x.shape[0] // experts)
     config = default(share, rows, columns, itemsize, device_of(x.device))
-    with device_made_current(x):
+    with made_current(x):
         return grouped.grouped_linear(x.contiguous(), weight, ends, config, fp8)
 
 
@@ -65,7 +65,7 @@ def dequantize(weight: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """Weights of codes: multiplied in float32 and rounded once; float64 by the reference."""
     if dtype == torch.float64:
         return weight.dequantize(dtype)
-    with device_made_current(weight.low):
+    with made_current(weight.low):
         return dequantizing.dequantize(weight, dtype)
 
 
@@ -78,11 +78,6 @@ def choose(x: Tensor, weight: Packed, fp8: bool) -> Choice:
     key = Key.of(device.name, tokens, rows, columns, x.dtype, weight.scheme.name, fp8)
     itemsize = 1 if fp8 else x.dtype.itemsize
     return chosen(key) or default(tokens, rows, columns, itemsize, device)
-
-
-def device_made_current(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which may be another one than that of a tensor."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @functools.cache

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from core.triton import OPTIONS, constexpr, kernel, tensor, tl, triton
 from core_fp6.kernels.gpu.decoding import rounded
-from core_fp6.kernels.gpu.language import OPTIONS, constexpr, kernel, tensor, tl, triton
 
 _BLOCK = 1024
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from core.triton import OPTIONS, constexpr, kernel, tensor, tl, triton
 from core_fp6.kernels.gpu.activations import in_fp8
 from core_fp6.kernels.gpu.arguments import (
     OPERANDS,
@@ -18,7 +19,6 @@ from core_fp6.kernels.gpu.arguments import (
 )
 from core_fp6.kernels.gpu.configs import Config
 from core_fp6.kernels.gpu.decoding import exponent, rounded, row_order
-from core_fp6.kernels.gpu.language import OPTIONS, constexpr, kernel, tensor, tl, triton
 from core_fp6.kernels.gpu.products import tile
 from core_fp6.weights.packed import Packed
 

@@ -9,8 +9,8 @@ float32 sums.
 
 from __future__ import annotations
 
+from core.triton import at_compile_time, constexpr, jit, tensor, tl
 from core_fp6.kernels.gpu.decoding import INTERPRETED, exponent, fragment_order, in_fragments
-from core_fp6.kernels.gpu.language import at_compile_time, constexpr, jit, tensor, tl
 
 
 @at_compile_time

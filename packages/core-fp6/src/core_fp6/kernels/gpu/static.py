@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from core.errors import EngineError
+from core.triton import OPTIONS, triton
 from core_fp6.kernels.gpu.arguments import OPERANDS
 from core_fp6.kernels.gpu.configs import Config
 from core_fp6.kernels.gpu.fused import linear_kernel
-from core_fp6.kernels.gpu.language import OPTIONS, triton
 from core_fp6.layouts.execution import BLOCK, UPPER
 from core_fp6.weights.scaling import Scheme
 

@@ -14,8 +14,8 @@ import torch
 
 from core.disk import replace_file
 from core.errors import CheckpointError
+from core.triton import triton
 from core_fp6.kernels.gpu.configs import Config, bucket
-from core_fp6.kernels.gpu.language import triton
 
 Choice = Config | Literal["library"]
 LIBRARY: Final = "library"

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, distributed, nn
 
 from core.errors import EngineError
+from core.triton import made_current, triton
 from core_fp6.kernels.gpu import fused, library, tuned
 from core_fp6.kernels.gpu.configs import Config, bucket, candidates
-from core_fp6.kernels.gpu.dispatch import FUSED_TOKENS, device_made_current, device_of
-from core_fp6.kernels.gpu.language import triton
+from core_fp6.kernels.gpu.dispatch import FUSED_TOKENS, device_of
 from core_fp6.kernels.gpu.settings import wants_fp8
 from core_fp6.kernels.gpu.tuned import LIBRARY, Choice, Key
 from core_fp6.models.sixbit import sixbit_modules
@@ -91,7 +91,7 @@ def fastest(x: Tensor, weight: Packed, fp8: bool, measure: Measure) -> Choice:
     choices: list[Choice] = [*candidates(x.shape[0], weight.columns, itemsize, device_of(x.device))]
     if not weight.scheme.group_size and not fp8:
         choices.append(LIBRARY)
-    with device_made_current(x):
+    with made_current(x):
         times: dict[Choice, float] = {
             choice: _time(x, weight, fp8, choice, measure) for choice in choices
         }

@@ -1,60 +1,32 @@
-"""Triton, which has no types, for code that is checked."""
+"""What kernels of attention say in the language of Triton."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from core.errors import EngineError
 
 try:
-    triton: Any = import_module("triton")
-    tl: Any = import_module("triton.language")
+    from core.triton import (
+        OPTIONS as OPTIONS,
+        constexpr as constexpr,
+        jit as jit,
+        kernel as kernel,
+        made_current as made_current,
+        tensor as tensor,
+        tl as tl,
+        triton as triton,
+    )
+
     libdevice: Any = import_module("triton.language.extra.cuda.libdevice")
 except ImportError as missing:
     why = "its kernels are written in Triton, which is not installed"
     fix = "python3 -m pip install triton"
     raise EngineError("paged attention on GPUs cannot run", why=why, fix=fix) from missing
 
-if TYPE_CHECKING:
-    tensor = Any
-    constexpr = Any
-else:
-    # Triton looks at the annotations of kernels.
-    tensor, constexpr = tl.tensor, tl.constexpr
-
-OPTIONS = {"enable_fp_fusion": True}
-"""Of all launches: a product and a sum are one instruction, whatever is the default of Triton."""
-
 # The interpreter cuts bits off where a GPU rounds to bfloat16.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-
-Function = Callable[..., Any]
-
-
-def jit(function: Function) -> Any:
-    """A part of kernels in the language of Triton."""
-    return triton.jit(function)
-
-
-def kernel(*varying: str) -> Callable[[Function], Any]:
-    """A kernel.
-
-    Args:
-        varying: parameters that change from call to call, such as a stride that follows the number
-            of blocks. It is not compiled anew for one and for multiples of 16 of them.
-    """
-    return lambda function: triton.jit(function, do_not_specialize=varying)
-
-
-def made_current(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which may be another one than that of a tensor."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @jit

@@ -1,10 +1,17 @@
-"""Triton, which has no types, for code that is checked."""
+"""Triton, which has no types, for kernels of plugins whose code is checked.
+
+Importing this needs Triton; a package without it is told by ``ImportError``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 triton: Any = import_module("triton")
 tl: Any = import_module("triton.language")
@@ -40,3 +47,8 @@ def kernel(*varying: str) -> Callable[[Function], Any]:
 def at_compile_time(function: Function) -> Any:
     """A Python function of constants that kernels may call."""
     return triton.constexpr_function(function)
+
+
+def made_current(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which may be another one than that of a tensor."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
