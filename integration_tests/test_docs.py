@@ -82,7 +82,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 @each_page
 def test_commands_are_understood(path: Path) -> None:
-    parent = click.Context(cli)
+    parent = click.Context(cli, **cli.context_settings)
     for arguments in Page(path).commands():
         _, command, rest = cli.resolve_command(parent, arguments)
         assert command is not None

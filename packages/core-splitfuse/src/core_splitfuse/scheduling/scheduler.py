@@ -141,12 +141,13 @@ class Scheduler:
         if len(ready) > most:
             # Those that were left out longest go first.
             ready.sort(key=lambda s: (-s.passed_over, s.admission))
-            for sequence in ready[most:]:
+        for sequence in ready:
+            if not sequence.admitted:
+                continue  # an earlier one has taken its blocks
+            if len(made.chunks) == most:
                 sequence.passed_over += 1
-        for sequence in ready[:most]:
-            sequence.passed_over = 0
-            # An earlier one may have taken its blocks.
-            if sequence.admitted and self._reserve(sequence, 1, made):
+            elif self._reserve(sequence, 1, made):
+                sequence.passed_over = 0
                 made.chunks.append(Chunk(sequence, sequence.computed, len(sequence.tokens)))
 
     def _room(self, made: Pass) -> int:
