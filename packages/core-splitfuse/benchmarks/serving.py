@@ -61,7 +61,7 @@ def _output(to: argparse.ArgumentParser) -> None:
 def _measured(to: argparse.ArgumentParser, rounds: int) -> None:
     _output(to)
     to.add_argument("--rounds", type=int, default=rounds, help="how often; figures are medians")
-    to.add_argument("--budget", type=int, default=64, help="tokens of a pass of ours and vLLM")
+    to.add_argument("--budget", type=int, default=128, help="tokens of a pass of ours and vLLM")
     to.add_argument("--prompt", type=int, default=300, help="mean tokens of prompts")
     to.add_argument("--answer", type=int, default=40, help="mean tokens of answers")
     to.add_argument("--peers", nargs="+", default=[], help="beginnings of names; all by default")

@@ -16,7 +16,7 @@ class SplitFuseSettings(Settings):
 
     budget: Annotated[int, Ge(0)] = 0
     """Tokens of a forward pass at most; a little more than what keeps the processor busy. 0 takes
-    768 on CUDA devices and 64 on CPUs."""
+    768 on CUDA devices and 128 on CPUs."""
 
     latency: Annotated[float, Ge(0)] = 0.0
     """Seconds that a pass may take; 0 lets the budget alone decide. The cost of passes is learned

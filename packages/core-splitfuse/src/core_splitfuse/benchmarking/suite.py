@@ -21,7 +21,7 @@ from core_splitfuse.settings import SplitFuseSettings
 
 BUDGETS = (128, 2048)
 """Budgets of continuous batching: ours, and one that takes whole prompts."""
-_SETTINGS = SplitFuseSettings(budget=64, pack_linears=True, kv_tokens=32_768)
+_SETTINGS = SplitFuseSettings(budget=128, pack_linears=True, kv_tokens=32_768)
 _LENGTHS = Lengths(300, 40)
 _WARM = 8
 

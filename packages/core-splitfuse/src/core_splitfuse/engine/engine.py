@@ -34,7 +34,7 @@ from core_splitfuse.settings import SplitFuseSettings
 
 logger = logging.getLogger("core")
 
-_BUDGETS = {"cuda": 768, "cpu": 64}
+_BUDGETS = {"cuda": 768, "cpu": 128}
 _BLOCKS = {"cuda": 64, "cpu": 16}
 
 
