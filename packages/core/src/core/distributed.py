@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from core.errors import CoreError, PluginError
+from core.errors import CoreError, DataError, PluginError
 
 if TYPE_CHECKING:
     import torch
@@ -28,11 +28,13 @@ class Ranks:
         rank: global rank.
         world_size: number of ranks.
         local_rank: rank on this machine, which is also the index of its GPU.
+        sequence_ranks: number of neighbouring ranks that share each sequence.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    sequence_ranks: int = 1
 
     @classmethod
     def from_environment(cls) -> Ranks:
@@ -91,9 +93,47 @@ class Ranks:
             return torch.device("cuda", self.local_rank)
         return torch.device("cpu")
 
+    def share_sequences(self, ranks: int) -> None:
+        """Let neighbouring ranks share each sequence, before anybody asks for :attr:`mesh`.
+
+        Args:
+            ranks: how many share one; 1 gives every rank sequences of its own.
+
+        Raises:
+            DataError: when the ranks of the job cannot be divided so.
+        """
+        if self.world_size % ranks:
+            why = f"there are {self.world_size} ranks"
+            raise DataError(f"{ranks} ranks cannot share each sequence", why=why)
+        self.sequence_ranks = ranks
+
+    @property
+    def data_ranks(self) -> int:
+        """Number of ranks, or of groups of them that share sequences, with data of their own."""
+        return self.world_size // self.sequence_ranks
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the :attr:`data_ranks` this rank is, or belongs to."""
+        return self.rank // self.sequence_ranks
+
     @cached_property
     def mesh(self) -> DeviceMesh | None:
-        """One data-parallel dimension ``dp`` over all ranks; ``None`` for a single process."""
+        """All ranks by what they share; ``None`` for a single process.
+
+        One data-parallel dimension ``dp``; where ranks share sequences, ``dp`` goes over the groups
+        of those that do, and ``sp`` over the ranks of a group.
+        """
+        if self.sequence_ranks == 1:
+            return self.flat_mesh
+        from torch.distributed.device_mesh import init_device_mesh
+
+        sizes = self.data_ranks, self.sequence_ranks
+        return init_device_mesh(self.device.type, sizes, mesh_dim_names=("dp", "sp"))
+
+    @cached_property
+    def flat_mesh(self) -> DeviceMesh | None:
+        """All ranks in one dimension ``dp``, for parameters, which are the same on all of them."""
         if self.world_size == 1:
             return None
         from torch.distributed.device_mesh import init_device_mesh

@@ -97,7 +97,7 @@ class Run:
 
     @property
     def mesh(self) -> DeviceMesh | None:
-        """The data-parallel mesh; ``None`` for a single process."""
+        """The mesh of the ranks, see :attr:`Ranks.mesh`; ``None`` for a single process."""
         return self.ranks.mesh
 
     def settings(self, kind: type[S]) -> S:

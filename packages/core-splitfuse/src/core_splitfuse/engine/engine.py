@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from core.engines import EngineStats, FinishReason, Request, Token
 from core.engines.common import check_request, replace_weights
 from core.engines.regimes import Regimes
 from core.engines.sampling import Drawn, draw_each
-from core.errors import EngineError
+from core.errors import EngineError, ModelError
 from core.identity import CacheIdentity, identity_of
+from core.owners import take
 from core_splitfuse.attention.store import make_store
 from core_splitfuse.engine.active import EXTRAS, Active, Extras
 from core_splitfuse.engine.capacity import blocks_of
@@ -50,7 +52,8 @@ class Engine:
 
     Raises:
         ModelError: for a model that computes something else in packed passes, by layer and reason.
-        EngineError: when there is no memory for keys and values.
+        EngineError: when there is no memory for keys and values, or somebody else has the model's
+            attention.
 
     Example::
 
@@ -68,8 +71,12 @@ class Engine:
         self.model = model
         self._runner = Runner(model, replace(settings or SplitFuseSettings(), **changes))
         self.settings = _fitted(self._runner.settings, self._runner.device)
-        self._linears = _packed(model, self.settings.pack_linears)
         with ExitStack() as undo:
+            self._release = _taken(model)
+            undo.callback(self._release)
+            # An engine that nobody closed keeps nobody from the model.
+            finalize(self, self._release)
+            self._linears = _packed(model, self.settings.pack_linears)
             if self._linears is not None:
                 undo.callback(self._linears.restore)
             per_token = measure(self._runner, verify=self.settings.verify)
@@ -159,6 +166,7 @@ class Engine:
             self._requests.forget(active)
         if self._linears is not None:
             self._linears.restore()
+        self._release()
 
     def __enter__(self) -> Engine:
         return self
@@ -213,6 +221,14 @@ def _fitted(settings: SplitFuseSettings, device: torch.device) -> SplitFuseSetti
     kind = "cuda" if device.type == "cuda" else "cpu"
     budget, size = settings.budget or _BUDGETS[kind], settings.block_size or _BLOCKS[kind]
     return replace(settings, budget=budget, block_size=size)
+
+
+def _taken(model: nn.Module) -> Callable[[], None]:
+    """Keep everybody else from the attention of the model."""
+    try:
+        return take(model, ["attention"], "an engine of core-splitfuse")
+    except ModelError as error:
+        raise EngineError(error.what, why=error.why, fix=error.fix) from error
 
 
 def _packed(model: nn.Module, wanted: bool | str) -> PackedLinears | None:

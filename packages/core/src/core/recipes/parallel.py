@@ -20,16 +20,17 @@ def parallelize(model: nn.Module, run: Run, how: str) -> nn.Module:
 
     Args:
         model: on the run's device.
-        run: gives ranks and mesh.
+        run: gives the ranks; those that share a sequence share parameters like all others.
         how: ``ddp``, or ``fsdp2`` and ``auto`` for sharded parameters.
     """
-    if run.mesh is None:
+    mesh = run.ranks.flat_mesh
+    if mesh is None:
         return model
     if how == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     for layer in layers_of(model):
-        fully_shard(layer, mesh=run.mesh)
-    fully_shard(model, mesh=run.mesh)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     return model
 
 
@@ -53,7 +54,7 @@ def gradient_sync(model: nn.Module, wanted: bool) -> Generator[None]:
 
 def mean_over_ranks(value: Tensor, run: Run) -> float:
     """Average a scalar over all ranks."""
-    if run.mesh is not None:
+    if run.world_size > 1:
         import torch.distributed as dist
 
         value = value.detach().clone()

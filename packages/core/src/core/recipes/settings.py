@@ -75,6 +75,9 @@ class TrainSettings(Settings):
     parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
     """How several ranks share the work; ``auto`` is ``fsdp2``."""
 
+    sequence_ranks: Annotated[int, Ge(1)] = 1
+    """Ranks that share each sequence; more than one takes a plugin that cuts batches."""
+
     evaluate_every: Annotated[int, Ge(0)] = 100
     """Steps between evaluations on held-out text; 0 evaluates at the end only."""
 

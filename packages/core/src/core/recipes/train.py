@@ -46,15 +46,19 @@ def train_model(run: Run) -> Trained:
     """Train a model and leave checkpoints, metrics and an export in the run's folder.
 
     Raises:
-        DataError: for text that is missing or too little, or a batch that cannot be divided.
+        DataError: for text that is missing or too little, a batch that cannot be divided, or ranks
+            that cannot share sequences.
         CheckpointError: when a checkpoint cannot be saved, or none is there to resume from.
     """
     wanted = run.settings(TrainSettings)
-    rows = wanted.batch_size // (run.world_size * wanted.accumulate)
-    if rows * run.world_size * wanted.accumulate != wanted.batch_size:
+    run.ranks.share_sequences(wanted.sequence_ranks)
+    shares = run.ranks.data_ranks
+    rows = wanted.batch_size // (shares * wanted.accumulate)
+    if rows * shares * wanted.accumulate != wanted.batch_size:
+        who = "ranks" if wanted.sequence_ranks == 1 else "groups of ranks"
         raise DataError(
             f"train.batch_size = {wanted.batch_size} cannot be divided",
-            why=f"there are {run.world_size} ranks and {wanted.accumulate} accumulation steps",
+            why=f"there are {shares} {who} and {wanted.accumulate} accumulation steps",
         )
     torch.manual_seed(wanted.seed)
     data = prepare(run, wanted)
@@ -71,9 +75,9 @@ def train_model(run: Run) -> Trained:
     metrics: dict[str, float] = {}
     with Report(run, wanted.steps, done) as report:
         for step in range(done + 1, wanted.steps + 1):
-            mine = order.batch(step - 1).view(wanted.accumulate, run.world_size, rows, -1)
+            mine = order.batch(step - 1).view(wanted.accumulate, shares, rows, -1)
             loss = torch.zeros((), device=run.device)
-            for index, ids in enumerate(mine[:, run.rank]):
+            for index, ids in enumerate(mine[:, run.ranks.data_rank]):
                 with gradient_sync(model, index == wanted.accumulate - 1):
                     part = loss_of(model, ids, run, wanted) / wanted.accumulate
                     part.backward()  # type: ignore[no-untyped-call]
@@ -100,21 +104,34 @@ def train_model(run: Run) -> Trained:
 
 
 def loss_of(model: nn.Module, ids: Tensor, run: Run, wanted: TrainSettings) -> Tensor:
-    """Mean next-token loss of a batch of (sequences, length) ids, in nats per token."""
+    """Mean next-token loss of a batch of (sequences, length) ids, in nats per token.
+
+    Where ranks share sequences it is this rank's part of it: their mean is the loss.
+
+    Raises:
+        DataError: where ranks are to share sequences that nobody has cut for them.
+    """
     ids = ids.to(run.device)
     batch = run.apply(BATCH, {"input_ids": ids, "labels": ids})
+    if wanted.sequence_ranks > 1 and batch["input_ids"].shape == ids.shape:
+        raise DataError(
+            f"train.sequence_ranks = {wanted.sequence_ranks}, but no transform cuts sequences",
+            why=f"the plan is: {', '.join(run.plan.ids) or 'no transforms'}",
+            fix="enable a plugin for sequence parallelism, or set train.sequence_ranks = 1",
+        )
     with autocast(run, wanted):
         return cast(Tensor, model(**batch, use_cache=False).loss)
 
 
 def evaluate(model: nn.Module, held_out: Tensor, run: Run, wanted: TrainSettings) -> float:
-    """Mean loss over held-out sequences; every rank sees all of them."""
+    """Mean loss over held-out sequences; every rank, or group of ranks, sees all of them."""
     model.eval()
     with torch.no_grad():
         parts = torch.split(held_out, 16)
         total = sum(float(loss_of(model, part, run, wanted)) * len(part) for part in parts)
     model.train()
-    return total / len(held_out)
+    mean = torch.tensor(total / len(held_out), dtype=torch.float64, device=run.device)
+    return mean_over_ranks(mean, run)
 
 
 def autocast(run: Run, wanted: TrainSettings) -> AbstractContextManager[Any]:

@@ -1,0 +1,1 @@
+"""Blocks of attention with their log-sum-exp, forwards and backwards."""

@@ -1,0 +1,1 @@
+"""A decoder layer run chunk by chunk, forwards and backwards."""

@@ -1,0 +1,82 @@
+"""A layer as one step of autograd, whatever it does inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from core.errors import ModelError
+from core_fpdt.layer.call import LayerCall
+from core_fpdt.layer.collecting import Collected
+from core_fpdt.layer.orders import KeyOrder, QueryOrder
+
+
+def run_in_chunks(call: LayerCall, hidden: Tensor, order: str) -> Any:
+    """Run a layer chunk by chunk, so that it can be gone backwards once.
+
+    Parameters are inputs of one autograd function, and each gets its gradient once: hooks on them
+    fire once, and DDP and FSDP reduce once.
+
+    Args:
+        call: the call.
+        hidden: (B, s, H).
+        order: of the backward pass: ``query``, ``key``, or ``auto`` for the cheaper one.
+
+    Returns:
+        What the layer returns.
+    """
+    parameters = [p for p in call.layer.parameters() if p.requires_grad]
+    inputs = [*call.arguments.differentiable, *parameters]
+    if call.keeping is None:
+        return call.shaped(call.forward(hidden))
+    output: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
+        call, order, parameters, hidden, *inputs
+    )
+    return call.shaped(output)
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: LayerCall,
+        order: str,
+        parameters: list[Tensor],
+        hidden: Tensor,
+        *inputs: Tensor,
+    ) -> Tensor:
+        ctx.call, ctx.order, ctx.parameters = call, order, parameters
+        try:
+            output: Tensor = call.forward(hidden)
+        except BaseException:
+            call.close()
+            raise
+        # Where chunks of it are stored, the hidden states themselves need not live on.
+        ctx.save_for_backward(*([] if call.offloads else [hidden]))
+        ctx.template = hidden.new_empty(0), hidden.shape
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        call: LayerCall | None = ctx.call
+        if call is None:
+            why = "what it kept was given back in the first one"
+            fix = "call backward once, without retain_graph"
+            raise ModelError("a second backward pass through a chunked layer", why=why, fix=fix)
+        ctx.call = None
+        try:
+            if not call.offloads:
+                call.hold(*ctx.saved_tensors)
+            empty, shape = ctx.template
+            collected = Collected(
+                call, empty, shape if ctx.needs_input_grad[3] else None, ctx.parameters
+            )
+            order = (KeyOrder if call.order(ctx.order) == "key" else QueryOrder)(call)
+            order.run(grad, collected)
+            return (None, None, None, *collected.take())
+        finally:
+            call.close()

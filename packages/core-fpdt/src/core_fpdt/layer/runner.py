@@ -1,0 +1,159 @@
+"""What transformers calls instead of a checkpointing function: it runs the layer in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from core.errors import ModelError
+from core.positions.rotation import BATCH_ARGUMENT
+from core_fpdt.kernels.choosing import Chooser
+from core_fpdt.layer.attention import as_lazy
+from core_fpdt.layer.call import Keeping, LayerCall
+from core_fpdt.layer.function import run_in_chunks
+from core_fpdt.layer.sequence import documents_in_force
+from core_fpdt.layer.slicing import Arguments
+from core_fpdt.masks.lazy import LazyMask, edges
+from core_fpdt.parallel.placement import Placement
+from core_fpdt.parallel.shared import Shared
+from core_fpdt.parallel.sharing import Alone, Sharing
+from core_fpdt.settings import FPDTSettings
+from core_fpdt.store.contract import Store
+
+
+class Runner:
+    """Runs layers in chunks, as the settings say.
+
+    Args:
+        settings: the settings, with everything filled in.
+        store: where chunks wait.
+        kernels: what computes blocks of attention.
+        group: the ranks that share each sequence.
+    """
+
+    def __init__(
+        self,
+        settings: FPDTSettings,
+        store: Store,
+        kernels: Chooser,
+        group: ProcessGroup | None,
+    ) -> None:
+        self.settings = settings
+        self.chunk = settings.chunk_tokens
+        self.store = store
+        self.group = group
+        self._kernels = kernels
+        self._keeping = Keeping(settings.keep_output, settings.keep_keys)
+        self._evaluated: WeakSet[nn.Module] = WeakSet()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runner:
+        # A copied model has chunks of its own, and shares what keeps them.
+        return self
+
+    def __call__(self, run: partial[Any], *args: Any) -> Any:
+        """Run a layer.
+
+        Args:
+            run: the layer's forward, with the layer and its keyword arguments.
+            args: hidden states (B, s, H) and other positional arguments.
+
+        Raises:
+            ModelError: for a layer that cannot be run in chunks.
+        """
+        layer: nn.Module = run.args[0]
+        forward = partial(run.func, *run.args)
+        if layer in self._evaluated:
+            layer.training = False
+        hidden, kwargs = self._checked(layer, args, run.keywords)
+        arguments = Arguments(args[1:], kwargs, hidden.shape[1])
+        mask = arguments.find(LazyMask) or as_lazy(None, layer, hidden[:, None], hidden[:, None])
+        sharing = self._sharing(hidden.shape[1], mask)
+        wanted = [hidden, *arguments.differentiable, *layer.parameters()]
+        graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in wanted)
+        call = LayerCall(
+            layer,
+            forward,
+            hidden,
+            arguments,
+            mask,
+            sharing,
+            self.store,
+            self._kernels,
+            self._keeping if graph else None,
+        )
+        return run_in_chunks(call, hidden, self.settings.order)
+
+    def attach(self, layer: nn.Module) -> Callable[[], None]:
+        """Let a layer be run here, in training and in evaluation.
+
+        Returns:
+            What takes it off again.
+        """
+        old = {name: layer.__dict__.get(name) for name in _SWITCHES}
+        layer.__dict__.update(gradient_checkpointing=True, _gradient_checkpointing_func=self)
+        before = layer.register_forward_pre_hook(self._before, with_kwargs=True)
+        after = layer.register_forward_hook(self._after, always_call=True)
+
+        def undo() -> None:
+            before.remove()
+            after.remove()
+            for name, value in old.items():
+                layer.__dict__.pop(name, None)
+                if value is not None:
+                    layer.__dict__[name] = value
+
+        return undo
+
+    def _before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook: transformers checkpoints in training only; make it call us anyway."""
+        if layer.__dict__.get("_gradient_checkpointing_func") is not self:
+            why = "gradient checkpointing was switched on over chunks"
+            fix = "leave it off: chunks save more"
+            raise ModelError(f"{type(layer).__name__} was changed", why=why, fix=fix)
+        cached = any(kwargs.get(name) is not None for name in ("past_key_values", "layer_past"))
+        if not layer.training and not cached:
+            self._evaluated.add(layer)
+            layer.training = True
+
+    def _after(self, layer: nn.Module, args: Any, output: Any) -> None:
+        if layer in self._evaluated:
+            self._evaluated.discard(layer)
+            layer.training = False
+
+    def _sharing(self, length: int, mask: LazyMask) -> Sharing:
+        documents = documents_in_force()
+        if documents is None or self.group is None:
+            return Alone(edges(length, self.chunk, mask))
+        placement = Placement.regular(documents.shape[1], self.chunk, self.group.size())
+        if list(placement.edges) != list(edges(placement.length, self.chunk, mask)):
+            why = "some tokens see behind the end of their chunk"
+            raise ModelError("the sequence cannot be shared by ranks", why=why)
+        return Shared(placement, self.group)
+
+    def _checked(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        what = f"{type(layer).__name__} cannot be run in chunks"
+        if torch.compiler.is_compiling():
+            raise ModelError(what, why="it is being compiled", fix="enable a model that is not")
+        if not args or not isinstance(args[0], Tensor) or args[0].dim() != 3:
+            raise ModelError(what, why="its first argument is not (batch, tokens, width)")
+        if kwargs.get(BATCH_ARGUMENT) is not None:
+            why = "a policy of positions is in force, which knows whole batches only"
+            raise ModelError(what, why=why, fix="train with the model's own positions")
+        if kwargs.get("output_router_logits"):
+            why = "router logits of chunks have no gradient (output_router_logits)"
+            raise ModelError(what, why=why, fix="set output_router_logits=False")
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 4:
+            kwargs = {**kwargs, "attention_mask": LazyMask.of(mask)}
+        return args[0], kwargs
+
+
+_SWITCHES = ("gradient_checkpointing", "_gradient_checkpointing_func")

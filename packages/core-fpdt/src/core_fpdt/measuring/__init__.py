@@ -1,0 +1,3 @@
+"""What a step takes: bytes of live tensors."""
+
+from core_fpdt.measuring.meter import Meter as Meter, hosted as hosted, per_token as per_token
