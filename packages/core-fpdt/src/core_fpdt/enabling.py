@@ -30,7 +30,7 @@ from core_fpdt.parallel.mesh import Peers, peers_of
 from core_fpdt.parallel.sharding import shard
 from core_fpdt.probing import Probing
 from core_fpdt.settings import FPDTSettings
-from core_fpdt.store.making import make_store
+from core_fpdt.store.making import make_budget, make_store
 
 CHUNK_TOKENS: Mapping[str, int] = {"cuda": 16384, "cpu": 1024}
 """Tokens in a chunk where the settings leave it open, by kind of device."""
@@ -120,7 +120,13 @@ def enable(
         register()
         store = make_store(device, wanted)
         undo.callback(store.close)
-        runner = Runner(wanted, store, kernels, None if peers is None else peers.group)
+        runner = Runner(
+            wanted,
+            store,
+            make_budget(device, wanted),
+            kernels,
+            None if peers is None else peers.group,
+        )
         enabled = Enabled(model, wanted, peers, runner)
         undo.callback(switch_attention(model, NAME))
         for layer in layers:

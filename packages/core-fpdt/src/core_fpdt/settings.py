@@ -29,8 +29,8 @@ class FPDTSettings(Settings):
     """Folder for ``offload = "file"``, on a fast local disk; the system's temporary one if empty."""
 
     keep_output: Annotated[float, Ge(0), Le(1)] = 1.0
-    """Share of the tokens, at the end of the sequence, whose attention output is kept instead of
-    computed again in the backward pass."""
+    """Most of the tokens, at the end of the sequence, whose attention output is kept instead of
+    computed again in the backward pass. Where memory for chunks is short, fewer are."""
 
     keep_keys: bool = True
     """Whether keys and values are kept for the backward pass instead of projected again."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ class Attention:
 
     def blocks(self, edges: list[int]) -> Iterator[tuple[slice, Tile]]:
         """Tiles between neighbouring edges of keys; empty ones are left out."""
-        for begin, end in zip(edges, edges[1:], strict=False):
+        for begin, end in pairwise(edges):
             part = self.visible[..., begin:end]
             if part.any():
                 yield slice(begin, end), tile_of(part, begin)
@@ -153,10 +154,9 @@ def error() -> Callable[..., float]:
 
     def of(found: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
         worst = 0.0
-        for one, other in zip(found, truth, strict=True):
-            one, other = one.double(), other.double()
-            assert torch.equal(one == -torch.inf, other == -torch.inf)
-            one, other = (x.masked_fill(x == -torch.inf, 0) for x in (one, other))
+        for left, right in zip(found, truth, strict=True):
+            assert torch.equal(left == -torch.inf, right == -torch.inf)
+            one, other = (x.double().masked_fill(x == -torch.inf, 0) for x in (left, right))
             scale = float(other.abs().max().clamp_min(1)) if other.numel() else 1.0
             difference = float((one - other).abs().max()) if one.numel() else 0.0
             assert difference == difference, "not a number"

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from core.errors import ModelError, SettingsError
-from core_fpdt.kernels import choosing
 from core_fpdt.kernels.casting import same_dtype
 from core_fpdt.kernels.choosing import KERNELS, choose, table
 from core_fpdt.kernels.contract import Scores
@@ -47,15 +46,16 @@ def test_auto_on_cpus(dtype, attention) -> None:
 
 
 def test_auto_leaves_out_what_cannot_have_the_dtype(monkeypatch) -> None:
-    monkeypatch.setattr(choosing, "capability", lambda device: (9, 0))
-    for name in ("aten_flash", "cudnn"):
-        module = type(KERNELS[name]).__module__
-        monkeypatch.setattr(f"{module}.capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch._C, "_has_cudnn", True)
-    chooser = choose("auto", torch.device("cuda"), torch.float64)
-    assert names(chooser.kernels) == ["reference"]
-    half = choose("auto", torch.device("cuda"), torch.bfloat16)
-    assert names(half.kernels)[:2] == ["cudnn", "aten_flash"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    device = torch.device("cuda", 99)  # capabilities are remembered
+    assert names(choose("auto", device, torch.float64).kernels) == ["reference"]
+    with pytest.raises(ModelError, match="not torch.float64"):
+        choose("cudnn", device, torch.float64)
+    for dtype in (torch.bfloat16, torch.float32):  # which autocast may cast
+        found = names(choose("auto", device, dtype).kernels)
+        assert found[:2] == ["cudnn", "aten_flash"]
+        assert found[-1] == "reference"
 
 
 def test_a_kernel_that_was_asked_for_is_never_replaced(attention) -> None:

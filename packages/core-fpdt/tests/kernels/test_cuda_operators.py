@@ -37,7 +37,7 @@ def checked(*tensors: Tensor, causal: bool) -> Tile:
 
 
 def flash_forward(
-    query, key, value, cum_q, cum_k, max_q, max_k, dropout, causal, debug, *, scale=None, **_
+    query, key, value, cum_q, cum_k, max_q, max_k, dropout, causal, debug, *, scale=None
 ):
     assert (cum_q, cum_k, dropout, debug) == (None, None, 0, False)
     assert (max_q, max_k) == (query.shape[1], key.shape[1])
@@ -60,8 +60,9 @@ def flash_backward(
     return tuple(x.transpose(1, 2) for x in REFERENCE.backward(*ends, tile, Scores(scale)))
 
 
-def cudnn_forward(query, key, value, bias, lse, dropout, causal, debug, *, scale=None):
-    assert (bias, lse, dropout, debug) == (None, True, 0, False)
+def cudnn_forward(query, key, value, bias, lse, dropout=0.0, causal=False, *, scale=None):
+    # Arguments that are their defaults are left out by the dispatcher.
+    assert (bias, lse, dropout) == (None, True, 0)
     tile = checked(query, key, value, causal=causal)
     output, found = REFERENCE.forward(query, key, value, tile, Scores(scale))
     nothing = query.new_empty(0)

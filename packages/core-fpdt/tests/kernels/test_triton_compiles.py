@@ -88,28 +88,28 @@ def spills_of(binary: bytes) -> int:
     return int(found[1])
 
 
-def nightly(*case: Any) -> Any:
-    return pytest.param(*case, marks=pytest.mark.nightly)
+WIDTHS = {
+    torch.bfloat16: [(64, 64), (128, 128), (192, 128), (256, 256)],
+    torch.float16: [(128, 128)],
+    torch.float32: [(64, 64), (256, 256)],
+}
+OFTEN = [
+    (90, torch.bfloat16, (128, 128), "holes", 30.0),
+    (80, torch.bfloat16, (64, 64), "causal", None),
+]
+CASES = [
+    (capability, dtype, widths, kind, softcap)
+    for capability in SHARED_MEMORY
+    for dtype, all_widths in WIDTHS.items()
+    for widths in all_widths
+    for kind, softcap in [("causal", None), ("holes", 30.0)]
+]
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "widths"),
-    [
-        (90, torch.bfloat16, (128, 128)),
-        (80, torch.bfloat16, (64, 64)),
-        nightly(80, torch.bfloat16, (128, 128)),
-        nightly(86, torch.bfloat16, (128, 128)),
-        nightly(90, torch.float16, (64, 64)),
-        nightly(90, torch.bfloat16, (192, 128)),
-        nightly(90, torch.bfloat16, (256, 256)),
-        nightly(86, torch.bfloat16, (256, 256)),
-        nightly(90, torch.float32, (64, 64)),
-        nightly(80, torch.float32, (128, 128)),
-        nightly(86, torch.float32, (256, 256)),
-    ],
-    ids=str,
+    ("capability", "dtype", "widths", "kind", "softcap"),
+    [pytest.param(*case, marks=() if case in OFTEN else pytest.mark.nightly) for case in CASES],
 )
-@pytest.mark.parametrize(("kind", "softcap"), [("causal", None), ("holes", 30.0)])
 def test_everything_compiles(capability, dtype, widths, kind, softcap, compiled, attention) -> None:
     launches = compiled(capability)
     shape = {"batch": 2, "heads": (8, 2), "tokens": (256, 256), "widths": widths}

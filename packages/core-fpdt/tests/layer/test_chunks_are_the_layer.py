@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from core.errors import CoreError
 from core.testing import tiny
 from core_fpdt import enable
 
@@ -130,3 +131,33 @@ def test_rows_of_a_batch_can_be_packed() -> None:
     wanted = gradients(copy.deepcopy(model), inputs)
     with enable(model, chunk_tokens=13, strict=False):
         require_close(gradients(model, inputs), wanted, 1e-11)
+
+
+def test_chunks_that_will_not_fit_are_refused_after_the_first_one() -> None:
+    model = tiny.llama()
+    with enable(model, chunk_tokens=13, strict=False, delay=1e-4, host_memory=6e-5) as enabled:
+        with pytest.raises(CoreError, match=r"53 tokens needs .* the longest one that fits has"):
+            gradients(model, batch())
+        assert enabled.runner.store.used() == 0
+    with enable(model, chunk_tokens=13, strict=False, delay=1e-4, host_memory=1.0):
+        gradients(model, batch())
+
+
+@pytest.mark.parametrize("order", ["query", "key"])
+def test_less_is_kept_where_there_is_less_room(
+    order: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny.llama().double()
+    wanted = gradients(copy.deepcopy(model), batch())
+    settings = {"chunk_tokens": 13, "order": order, "delay": 1e-5, "strict": False}
+    with enable(model, host_memory=1.0, **settings) as enabled:
+        gradients(model, batch())
+        most = enabled.runner.store.counters.peak
+    less = 0.9 * most / 2**30
+    with (
+        caplog.at_level("WARNING", logger="core"),
+        enable(model, host_memory=less, **settings) as enabled,
+    ):
+        require_close(gradients(model, batch()), wanted, 1e-11)
+        assert enabled.runner.store.counters.peak < most
+    assert "has room for the attention outputs of the last" in caplog.text

@@ -64,7 +64,9 @@ def test_dropout_of_attention_is_refused_by_name() -> None:
 
 
 def test_half_precision_is_probed_in_float32() -> None:
-    model = tiny.build("Gemma2", head_dim=8, attn_logit_softcapping=2.0).bfloat16()
+    model = tiny.build(
+        "Gemma2", head_dim=8, attn_logit_softcapping=2.0, sliding_window=16
+    ).bfloat16()
     assert [finding.reason for finding in probe(model)] == ["", ""]
 
 

@@ -4,12 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
-import torch
-from core_fpdt.loss.head import replace_head
-from core_fpdt.settings import FPDTSettings
 from torch import Tensor, nn
 
 from core.testing import tiny
+from core_fpdt.loss.head import replace_head
+from core_fpdt.settings import FPDTSettings
 
 # What each family does to its logits, or how it makes them, is what it stands for here.
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
@@ -25,7 +24,12 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "loss_type": "ForCausalLM",
     },
     "Phi": {"embd_pdrop": 0.0, "resid_pdrop": 0.0},  # a head with a bias
-    "Qwen3Moe": {"experts_implementation": "eager"},
+    "Qwen3Moe": {
+        "experts_implementation": "eager",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    },
 }
 SMALL = 16 * 1024
 """Bytes for logits: 10 tokens of a tiny model at a time, of which a batch has 48."""
@@ -94,9 +98,3 @@ def batch() -> dict[str, Tensor]:
     inputs["labels"][0, :7] = -100
     inputs["labels"][1, 20:] = -100
     return inputs
-
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from core_fpdt.loss.cross_entropy import Rules, chunked_cross_entropy
-from core_fpdt.loss.projection import Projection
 from hypothesis import given, strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.errors import ModelError
+from core_fpdt.loss.cross_entropy import Rules, chunked_cross_entropy
+from core_fpdt.loss.projection import Projection
 
 WIDTH, CLASSES = 5, 7
 REDUCTIONS = ["mean", "sum", "none"]
@@ -52,9 +52,7 @@ def test_any_length_in_any_chunks(
     ignored = data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens))
     target = target.masked_fill(torch.tensor(ignored), -100)
     plain = F.cross_entropy(head(hidden), target, reduction=reduction)
-    loss = chunked_cross_entropy(
-        hidden, projection(head, rows), target, Rules(reduction=reduction)
-    )
+    loss = chunked_cross_entropy(hidden, projection(head, rows), target, Rules(reduction=reduction))
     assert torch.allclose(loss, plain, rtol=1e-12, atol=1e-12, equal_nan=True)
     inputs = hidden, head.weight, head.bias
     for ours, theirs in zip(grads(loss, *inputs), grads(plain, *inputs), strict=True):
@@ -71,11 +69,10 @@ def test_of_nothing(reduction: Any) -> None:
     assert not grad.any()
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_gradients_against_differences(reduction: Any) -> None:
+def test_gradients_against_differences() -> None:
     hidden, head, target = make(6)
     target[2] = -100
-    rules = Rules(torch.linspace(0.5, 2, CLASSES), reduction=reduction, label_smoothing=0.2)
+    rules = Rules(torch.linspace(0.5, 2, CLASSES), reduction="none", label_smoothing=0.2)
     made = projection(head, 4).then(torch.div, (3.0,), {}).then(torch.tanh, (), {})
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -141,9 +138,8 @@ def test_a_second_backward_pass_is_refused() -> None:
 def test_gradients_of_gradients_are_refused() -> None:
     hidden, head, target = make(10)
     loss = chunked_cross_entropy(hidden, projection(head, 3), target, Rules())
-    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(ModelError, match="gradients of gradients"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
 
 
 class Sizes(TorchDispatchMode):

@@ -22,9 +22,21 @@ from hypothesis.stateful import (
 
 from core_fpdt.store.contract import Lane, Store
 
-EDGES = {"keys": (0, 3, 6, 9, 12, 14), "gradients": (0, 3, 6, 9, 12, 14), "single": (0, 2)}
-DIMS = {"keys": 2, "gradients": 1, "single": -1}
-DTYPES = {"keys": torch.bfloat16, "gradients": torch.float32, "single": torch.int64}
+# Lanes of one name share buffers, as those of all layers do.
+EDGES = {
+    "keys": (0, 3, 6, 9, 12, 14),
+    "sums": (0, 3, 6, 9, 12, 14),
+    "sums of the next layer": (0, 3, 6, 9, 12, 14),
+    "single": (0, 2),
+}
+DIMS = {"keys": 2, "sums": 1, "sums of the next layer": 1, "single": -1}
+FLOAT = torch.float32
+DTYPES = {
+    "keys": torch.bfloat16,
+    "sums": FLOAT,
+    "sums of the next layer": FLOAT,
+    "single": torch.int64,
+}
 LANES = st.sampled_from(sorted(EDGES))
 CHUNKS = st.integers(0, 4)
 SEEDS = st.integers(0, 2**16)
@@ -55,7 +67,7 @@ class Against(RuleBasedStateMachine):
             self.open(name)
 
     def open(self, name: str) -> None:
-        lane = self.store.lane(name, EDGES[name], dim=DIMS[name], whole=self.whole)
+        lane = self.store.lane(name.split()[0], EDGES[name], dim=DIMS[name], whole=self.whole)
         self.lanes[name], self.known[name] = lane, {}
 
     def is_out(self, name: str, index: int) -> bool:

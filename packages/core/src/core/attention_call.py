@@ -31,6 +31,7 @@ PLUMBING = frozenset(
         "output_router_logits",
         "position_ids",
         "return_dict",
+        "shift_labels",
         "use_cache",
     }
 )

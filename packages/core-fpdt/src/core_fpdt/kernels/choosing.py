@@ -73,7 +73,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> Chooser:
     Args:
         name: what ``fpdt.kernel`` says; ``"auto"`` takes the fastest one for every block.
         device: where the model is.
-        dtype: of queries, keys and values.
+        dtype: of the weights; those of float32 models may be cast by autocast.
 
     Raises:
         SettingsError: for a name that no kernel has.
@@ -85,12 +85,12 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> Chooser:
     """
     if name == "auto":
         kernels = table(device.type, capability(device))
-        return Chooser(tuple(k for k in kernels if not k.unavailable(device, dtype)))
+        return Chooser(tuple(k for k in kernels if not _unavailable(k, device, dtype)))
     if name not in KERNELS:
         known = ", ".join(KERNELS)
         raise SettingsError(f"no kernel is called {name!r}", fix=f"use auto or one of {known}")
     kernel = KERNELS[name]
-    if why := kernel.unavailable(device, dtype):
+    if why := _unavailable(kernel, device, dtype):
         raise ModelError(f"fpdt.kernel is {name!r}, which cannot run here", why=why, fix=_FIX)
     return Chooser((kernel,))
 
@@ -109,3 +109,10 @@ def table(kind: str, found: tuple[int, int]) -> tuple[Candidate, ...]:
     if found >= (8, 0):
         return ATEN_FLASH, TRITON, REFERENCE
     return (REFERENCE,)
+
+
+def _unavailable(kernel: Candidate, device: torch.device, dtype: torch.dtype) -> str:
+    """Why a kernel computes no block of a model, in whatever dtype blocks come."""
+    cast = (torch.bfloat16, torch.float16) if dtype is torch.float32 else ()
+    reasons = [kernel.unavailable(device, each) for each in (dtype, *cast)]
+    return reasons[0] if all(reasons) else ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -106,10 +106,10 @@ class CuDNN:
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
         """Why it can compute nothing there, or an empty string."""
-        missing = unavailable(device, dtype)
-        if not missing and not torch._C._has_cudnn:
+        backend: Any = torch.backends.cudnn
+        if device.type == "cuda" and not backend.is_available():
             return "this torch comes without cuDNN"
-        return missing
+        return unavailable(device, dtype)
 
     def works(self, query: Tensor, key: Tensor, value: Tensor, tile: Tile, scores: Scores) -> str:
         """See :meth:`core_fpdt.kernels.contract.Kernel.works`."""

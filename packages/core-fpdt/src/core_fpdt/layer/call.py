@@ -14,6 +14,7 @@ from core.softmax import Partial
 from core_fpdt.kernels.choosing import Chooser
 from core_fpdt.kernels.sinks import apply_sinks
 from core_fpdt.layer.held import Held
+from core_fpdt.layer.needing import Needed, per_token
 from core_fpdt.layer.replaying import Conditions, random_state, replayed
 from core_fpdt.layer.rows import Blocks
 from core_fpdt.layer.slicing import Arguments
@@ -32,10 +33,12 @@ class Keeping:
         output: share of the tokens, at the end, whose attention output and lse are kept. Rows cost
             the more to compute the later they are.
         keys: whether keys and values are.
+        order: of the backward pass: ``query``, ``key``, or ``auto`` for the cheaper one.
     """
 
     output: float
     keys: bool
+    order: str
 
 
 class LayerCall:
@@ -51,6 +54,7 @@ class LayerCall:
         store: where chunks wait.
         kernels: what computes blocks of attention.
         keeping: what is kept; ``None`` for a pass that is not gone backwards.
+        before_more: told what all chunks will take, when the first one was run; says what is kept.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class LayerCall:
         store: Store,
         kernels: Chooser,
         keeping: Keeping | None,
+        before_more: Callable[[Needed], Keeping] | None = None,
     ) -> None:
         self.layer = layer
         self.arguments = arguments
@@ -73,6 +78,7 @@ class LayerCall:
         self.count = len(sharing.edges) - 1
         self.blocks: Blocks | None = None
         self._forward = forward
+        self._before_more = before_more
         self._mask = mask
         self._kernels = kernels
         self._store = store
@@ -81,6 +87,7 @@ class LayerCall:
         self._lanes: dict[str, Lane] = {}
         self._held: Held | None = None
         self._heads: tuple[int, int, int, int] | None = None
+        self._attended: tuple[Inputs, Tensor, Tensor] | None = None
         self._shape: Callable[[Tensor], Any] = _only
 
     @property
@@ -114,8 +121,10 @@ class LayerCall:
         """Whether inputs wait off the device; else whoever calls must :meth:`hold` them."""
         return self._store.offloads
 
-    def order(self, wanted: str) -> str:
-        """Resolve the order ``auto``: what moves fewer bytes, if anything moves."""
+    @property
+    def chosen_order(self) -> str:
+        """The order of the backward pass; left open, it is what moves fewer bytes, if any move."""
+        wanted = "auto" if self.keeping is None else self.keeping.order
         if wanted != "auto":
             return wanted
         return cheaper_order(*self._heads) if self.offloads and self._heads else "query"
@@ -168,12 +177,34 @@ class LayerCall:
                 output = result.new_empty((*hidden.shape[:2], *result.shape[2:]))
             output[:, begin:end] = result
             del result
+            if index == 0 and self._before_more is not None and self.keeping is not None:
+                self.keeping = self._before_more(self._needed(piece, self.keeping))
+            self._attended = None
         if self.keeping is None:
             self.close()
         elif not self.keeping.keys:
             self._drop("keys", "values")
         assert output is not None
         return output
+
+    def _needed(self, piece: Tensor, keeping: Keeping) -> Needed:
+        """What the chunks of a layer take, seen from its first one."""
+        here, whole = self.bounds(0)[1], self.sharing.edges[1]
+        local = self.sharing.local_edges[-1] / self.sharing.edges[-1]
+        inputs = per_token(piece, here)
+        if self._attended is None:
+            return Needed(inputs, 0.0, 0.0, 0.0, 0.0, local)
+        own, output, lse = self._attended
+        keys = per_token(own.key, whole) + per_token(own.value, whole)
+        kept = per_token(output, whole) + per_token(lse, whole)
+        precise = self.accumulator.itemsize / own.query.element_size()
+        if self.chosen_order == "query":
+            sums = precise * keys
+        else:
+            sums = (1 + precise) * per_token(own.query, whole) + 2 * kept
+        if not keeping.keys:
+            keys, sums = 0.0, sums + keys
+        return Needed(inputs, keys, kept, keeping.output, sums, local)
 
     def _drop(self, *names: str) -> None:
         for name in names:
@@ -240,6 +271,8 @@ class LayerCall:
         self.keep_keys(index, own)
         output, lse = self.row(index, own)
         output = output.to(own.query.dtype)
+        if index == 0:
+            self._attended = own, output, lse
         if self.keeps_output(index):
             self.lane("output").put(index, output)
             self.lane("lse").put(index, lse)

@@ -14,7 +14,7 @@ from core_fpdt.layer.collecting import Collected
 from core_fpdt.layer.orders import KeyOrder, QueryOrder
 
 
-def run_in_chunks(call: LayerCall, hidden: Tensor, order: str) -> Any:
+def run_in_chunks(call: LayerCall, hidden: Tensor) -> Any:
     """Run a layer chunk by chunk, so that it can be gone backwards once.
 
     Parameters are inputs of one autograd function, and each gets its gradient once: hooks on them
@@ -23,7 +23,6 @@ def run_in_chunks(call: LayerCall, hidden: Tensor, order: str) -> Any:
     Args:
         call: the call.
         hidden: (B, s, H).
-        order: of the backward pass: ``query``, ``key``, or ``auto`` for the cheaper one.
 
     Returns:
         What the layer returns.
@@ -33,7 +32,7 @@ def run_in_chunks(call: LayerCall, hidden: Tensor, order: str) -> Any:
     if call.keeping is None:
         return call.shaped(call.forward(hidden))
     output: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
-        call, order, parameters, hidden, *inputs
+        call, parameters, hidden, *inputs
     )
     return call.shaped(output)
 
@@ -43,12 +42,11 @@ class _Chunked(torch.autograd.Function):
     def forward(
         ctx: Any,
         call: LayerCall,
-        order: str,
         parameters: list[Tensor],
         hidden: Tensor,
         *inputs: Tensor,
     ) -> Tensor:
-        ctx.call, ctx.order, ctx.parameters = call, order, parameters
+        ctx.call, ctx.parameters = call, parameters
         try:
             output: Tensor = call.forward(hidden)
         except BaseException:
@@ -73,10 +71,10 @@ class _Chunked(torch.autograd.Function):
                 call.hold(*ctx.saved_tensors)
             empty, shape = ctx.template
             collected = Collected(
-                call, empty, shape if ctx.needs_input_grad[3] else None, ctx.parameters
+                call, empty, shape if ctx.needs_input_grad[2] else None, ctx.parameters
             )
-            order = (KeyOrder if call.order(ctx.order) == "key" else QueryOrder)(call)
+            order = (KeyOrder if call.chosen_order == "key" else QueryOrder)(call)
             order.run(grad, collected)
-            return (None, None, None, *collected.take())
+            return (None, None, *collected.take())
         finally:
             call.close()

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakSet
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from core.errors import ModelError
+from core.errors import CoreError, ModelError
 from core.positions.rotation import BATCH_ARGUMENT
 from core_fpdt.kernels.choosing import Chooser
 from core_fpdt.layer.attention import as_lazy
 from core_fpdt.layer.call import Keeping, LayerCall
 from core_fpdt.layer.function import run_in_chunks
+from core_fpdt.layer.needing import Needed
 from core_fpdt.layer.sequence import documents_in_force
 from core_fpdt.layer.slicing import Arguments
 from core_fpdt.masks.lazy import LazyMask, edges
@@ -24,7 +28,13 @@ from core_fpdt.parallel.placement import Placement
 from core_fpdt.parallel.shared import Shared
 from core_fpdt.parallel.sharing import Alone, Sharing
 from core_fpdt.settings import FPDTSettings
+from core_fpdt.store.budget import Budget
 from core_fpdt.store.contract import Store
+
+logger = logging.getLogger("core")
+
+_FILLED = 0.95
+"""Share of the memory for chunks that they can fill: it is cut into slabs of equal chunks."""
 
 
 class Runner:
@@ -33,6 +43,7 @@ class Runner:
     Args:
         settings: the settings, with everything filled in.
         store: where chunks wait.
+        budget: what chunks may take; ``None`` where they stay on the device.
         kernels: what computes blocks of attention.
         group: the ranks that share each sequence.
     """
@@ -41,6 +52,7 @@ class Runner:
         self,
         settings: FPDTSettings,
         store: Store,
+        budget: Budget | None,
         kernels: Chooser,
         group: ProcessGroup | None,
     ) -> None:
@@ -49,8 +61,10 @@ class Runner:
         self.store = store
         self.group = group
         self._kernels = kernels
-        self._keeping = Keeping(settings.keep_output, settings.keep_keys)
+        self._keeping = Keeping(settings.keep_output, settings.keep_keys, settings.order)
         self._evaluated: WeakSet[nn.Module] = WeakSet()
+        self.budget = budget
+        self._layers = self._longest = self._length = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runner:
         # A copied model has chunks of its own, and shares what keeps them.
@@ -86,8 +100,47 @@ class Runner:
             self.store,
             self._kernels,
             self._keeping if graph else None,
+            self._fit if sharing.edges[-1] > self._longest else None,
         )
-        return run_in_chunks(call, hidden, self.settings.order)
+        self._length = sharing.edges[-1]
+        return run_in_chunks(call, hidden)
+
+    def _fit(self, needed: Needed) -> Keeping:
+        """Keep less of a sequence that is longer than any before, or refuse it, before more is kept.
+
+        Of the rows of attention those at the end are kept, which cost most to compute.
+
+        Raises:
+            CoreError: with what is needed, what there is, and the longest sequence that fits.
+        """
+        self._longest = self._length
+        if self.budget is None:
+            return self._keeping
+        room = int(_FILLED * self.budget.available)
+        own = needed.affordable(self._length, self._layers, room)
+        share = self._smallest(own)
+        if share < 0:
+            self.budget.require(replace(needed, share=0.0).of_all(self._layers), self._length)
+            raise CoreError("another rank has no room for its chunks", fix="see what it says")
+        if share < self._keeping.output:
+            logger.warning(
+                "fpdt: %s has room for the attention outputs of the last %.0f %% of %d tokens; "
+                "the others are computed twice",
+                self.budget.where,
+                100 * share,
+                self._length,
+            )
+            self._keeping = replace(self._keeping, output=share)
+        return self._keeping
+
+    def _smallest(self, share: float) -> float:
+        """The smallest share of the ranks of this sequence: they go on, or stop, together."""
+        if self.group is None or documents_in_force() is None:
+            return share
+        device = torch.device("cpu" if "cpu:" in dist.get_backend_config(self.group) else "cuda")
+        found = torch.tensor(share, dtype=torch.float64, device=device)
+        dist.all_reduce(found, op=dist.ReduceOp.MIN, group=self.group)
+        return float(found)
 
     def attach(self, layer: nn.Module) -> Callable[[], None]:
         """Let a layer be run here, in training and in evaluation.
@@ -96,6 +149,7 @@ class Runner:
             What takes it off again.
         """
         old = {name: layer.__dict__.get(name) for name in _SWITCHES}
+        self._layers += 1
         layer.__dict__.update(gradient_checkpointing=True, _gradient_checkpointing_func=self)
         before = layer.register_forward_pre_hook(self._before, with_kwargs=True)
         after = layer.register_forward_hook(self._after, always_call=True)
@@ -103,6 +157,7 @@ class Runner:
         def undo() -> None:
             before.remove()
             after.remove()
+            self._layers -= 1
             for name, value in old.items():
                 layer.__dict__.pop(name, None)
                 if value is not None:

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from core.errors import ModelError
 from core_fpdt.loss.projection import Projection
@@ -174,10 +173,10 @@ class _ChunkedLoss(torch.autograd.Function):
         return walk.losses.sum() / total
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
+        refuse_graph("a chunked loss")
         if ctx.job.rules.reduction == "none":
             hidden, weight, bias, target = ctx.saved_tensors
             wanted = tuple(ctx.needs_input_grad[1:4])
@@ -201,6 +200,19 @@ def _dtype_of_loss(projection: Projection, device: torch.device) -> torch.dtype:
     example = torch.zeros(1, projection.vocabulary, dtype=projection.compute, device=device)
     target = torch.zeros(1, dtype=torch.int64, device=device)
     return nn.functional.cross_entropy(projection.finish(example), target).dtype
+
+
+def refuse_graph(what: str) -> None:
+    """Refuse, in a backward pass, to become part of a graph: ``create_graph`` was asked for.
+
+    PyTorch's ``once_differentiable`` would let second derivatives go missing without a word.
+
+    Raises:
+        ModelError: where gradients of gradients are wanted.
+    """
+    if torch.is_grad_enabled():
+        fix = "leave create_graph out, or compute this part without core-fpdt"
+        raise ModelError(f"gradients of gradients are not available through {what}", fix=fix)
 
 
 def pieces(length: int, size: int) -> Iterator[slice]:

@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map
 
 from core.errors import ModelError
-from core_fpdt.loss.cross_entropy import Rules, chunked_cross_entropy
+from core_fpdt.loss.cross_entropy import Rules, chunked_cross_entropy, refuse_graph
 from core_fpdt.loss.recording import Recipe, after, shares
 
 _PROPERTIES = frozenset(
@@ -99,7 +98,8 @@ class LazyLogits(Tensor):
 
     def register_hook(self, hook: Callable[[Tensor], Any]) -> Any:
         """As of any tensor. FSDP's hooks only want to know when the backward pass begins."""
-        if not getattr(hook, "__module__", "").startswith("torch.distributed.fsdp"):
+        module: str = getattr(hook, "__module__", None) or ""
+        if not module.startswith("torch.distributed.fsdp"):
             return self.materialize().register_hook(hook)  # type: ignore[no-untyped-call]
         self.gates.append(hook)
         with _as_plain_tensors():
@@ -203,10 +203,10 @@ class _Deferred(torch.autograd.Function):
         return lazy
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
+        refuse_graph("logits that were not computed by PyTorch")
         needed = ctx.needs_input_grad[1:4]
         hidden, weight, bias = (
             None if tensor is None else tensor.detach().requires_grad_(need)

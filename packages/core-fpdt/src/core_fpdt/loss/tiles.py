@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from core.equivalence import decoder
 from core.errors import ModelError
 from core_fpdt.layer.replaying import Conditions, random_state, replayed
 from core_fpdt.layer.slicing import Sums
-from core_fpdt.loss.cross_entropy import pieces as pieces_of
+from core_fpdt.loss.cross_entropy import pieces as pieces_of, refuse_graph
 
 _FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|moe|experts", re.IGNORECASE)
 
@@ -133,7 +132,8 @@ class _Work(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Run a tile (B, t, H)."""
-        output = self.call(hidden)
+        # Mixtures of experts view it as (B * t, H).
+        output = self.call(hidden.contiguous())
         if isinstance(output, Tensor) and output.shape[:-1] == hidden.shape[:-1]:
             return output
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -161,10 +161,10 @@ class _Tiles(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
+        refuse_graph("a module in tiles")
         work: _Work = ctx.work
         hidden, *parameters = ctx.saved_tensors
         # Aliases: hooks on the parameters themselves would be called for every tile.

@@ -218,8 +218,13 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def _is_hollow(storage: torch.UntypedStorage) -> bool:
-    """Whether it stands for a tensor that is elsewhere, or nowhere yet."""
-    return storage.device.type != "meta" and storage.nbytes() > 0 and storage.data_ptr() == 0
+    """Whether it has a size and no memory: of meta tensors, and of tensors that wrap others."""
+    if storage.device.type == "meta":
+        return True
+    try:
+        return storage.nbytes() > 0 and storage.data_ptr() == 0
+    except RuntimeError:  # so PyTorch says of the storages of wrappers
+        return True
 
 
 def _tensors(tree: Any) -> list[Tensor]:

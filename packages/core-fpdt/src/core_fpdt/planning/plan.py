@@ -228,9 +228,10 @@ def _affordable_output(job: Job) -> float:
     most = job.settings.keep_output
     nothing = memory(_with(job, keep_output=0.0)).host_bytes
     everything = memory(_with(job, keep_output=1.0)).host_bytes
-    if everything <= nothing:
+    room = _host_limit(job)
+    if everything <= room:
         return most
-    share = (_host_limit(job) - nothing) / (everything - nothing)
+    share = (room - nothing) / (everything - nothing)
     return max(0.0, min(most, math.floor(share / _STEPS) * _STEPS))
 
 

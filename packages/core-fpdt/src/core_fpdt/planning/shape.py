@@ -10,7 +10,7 @@ from typing import Any
 from core.errors import ModelError, closest
 
 _UNLIKE = 0.1
-"""Share of the parameters that may be missing from our count of them: biases, norms of heads."""
+"""Share of the parameters of layers that may be missing from our count: biases, norms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +123,9 @@ def from_config(config: Any, name: str = "") -> ModelShape:
     """
     text = config.get_text_config()
     name = name or str(config.model_type)
+    if getattr(text, "kv_lora_rank", None):
+        why = "its keys and values are compressed (kv_lora_rank)"
+        raise ModelError(f"{name} is not made like other decoders", why=why)
     try:
         shape = _read(text, name)
         real = _count(text)
@@ -133,7 +136,7 @@ def from_config(config: Any, name: str = "") -> ModelShape:
         raise ModelError(f"the shape of {name} cannot be read", why=why) from error
     shapes = [replace(shape, gated=gated) for gated in (True, False)]
     best = min(shapes, key=lambda each: abs(each.parameters - real))
-    if abs(best.parameters - real) > _UNLIKE * real:
+    if abs(best.parameters - real) > _UNLIKE * best.layers * best.layer_parameters:
         raise ModelError(
             f"{name} is not made like other decoders",
             why=f"it has {real:,} parameters; its sizes explain {best.parameters:,}",
@@ -175,7 +178,7 @@ def _load(folder: Path) -> Any:
 def _read(config: Any, name: str) -> ModelShape:
     heads = int(config.num_attention_heads)
     experts = _first(config, "num_local_experts", "num_experts", "n_routed_experts") or 1
-    inner = _first(config, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+    inner = _first(config, "n_inner", "ffn_dim", "ffn_hidden_size", "intermediate_size")
     inner = (_first(config, "moe_intermediate_size") if experts > 1 else 0) or inner
     hidden = int(config.hidden_size)
     learned = "rope_parameters" not in config.to_dict()

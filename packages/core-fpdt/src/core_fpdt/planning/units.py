@@ -8,8 +8,8 @@ from core.errors import SettingsError
 
 _BINARY = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _NUMBER = r"\s*(\d+(?:\.\d+)?)\s*"
-_TOKENS = re.compile(_NUMBER + r"([KMG]?)\s*", re.IGNORECASE)
-_BYTES = re.compile(_NUMBER + r"(?:([KMGT])(i)?)?(B)?\s*", re.IGNORECASE)
+_TOKENS = re.compile(_NUMBER + r"([KMG]?)\s*", re.IGNORECASE | re.ASCII)
+_BYTES = re.compile(_NUMBER + r"(?:([KMGT])(i)?)?(B)?\s*", re.IGNORECASE | re.ASCII)
 _LONGEST = 32
 
 

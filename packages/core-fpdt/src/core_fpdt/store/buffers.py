@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 from core_fpdt.store.transport import Area, Transport
 
 DEPTH = 3
@@ -88,8 +90,11 @@ class Buffers:
                 return shelf.free.popleft()
             if shelf.idle:
                 return self._evict(shelf)
+        # A buffer that is made while generating serves training later.
+        with torch.inference_mode(False):
+            area = Area(self._transport.buffer(kind[1]))
         shelf.count += 1
-        return Area(self._transport.buffer(kind[1]))
+        return area
 
     def give(self, kind: Kind, area: Area) -> None:
         """Give a buffer back; work that is queued may still use it."""

@@ -55,6 +55,8 @@ def make_budget(device: torch.device, settings: FPDTSettings) -> Budget | None:
     Raises:
         CoreError: for a folder that cannot be written to.
     """
+    if settings.delay is not None:
+        return host_budget(settings.host_memory)
     if settings.offload == "file":
         return disk_budget(settings.folder)
     if device.type == "cpu" or settings.offload == "none":

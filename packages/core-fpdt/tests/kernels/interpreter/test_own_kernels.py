@@ -16,7 +16,7 @@ from core_fpdt.masks.tiles import Kind, Tile
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 HYPOTHESIS = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -24,9 +24,9 @@ HYPOTHESIS = settings(
 @given(data=st.data())
 def test_any_shape_and_split(data, attention, error) -> None:
     key_heads, group = data.draw(st.sampled_from([(1, 1), (2, 2), (1, 3)]))
-    columns = data.draw(st.integers(1, 80))
+    columns = data.draw(st.integers(1, 50))
     kind = data.draw(st.sampled_from(["full", "causal", "holes", "shared holes"]))
-    rows = columns if kind == "causal" else data.draw(st.integers(1, 80))
+    rows = columns if kind == "causal" else data.draw(st.integers(1, 50))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16]))
     case = attention(
         kind,
@@ -48,22 +48,28 @@ def test_any_shape_and_split(data, attention, error) -> None:
     assert error(found_gradients, gradients) < 2 * TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("kind", ["full", "causal", "holes", "shared holes"])
-@pytest.mark.parametrize("softcap", [None, 0.7])
-def test_more_than_one_program(dtype, kind, softcap, attention, error) -> None:
-    shape = {"tokens": (150, 150), "batch": 1, "heads": (2, 1)}
+@pytest.mark.parametrize(
+    ("kind", "softcap", "dtype", "tokens"),
+    [
+        ("full", None, torch.float16, 40),
+        ("causal", None, torch.bfloat16, 140),
+        ("causal", 0.7, torch.float32, 70),
+        ("shared holes", 0.7, torch.float32, 70),
+    ],
+)
+def test_more_than_one_program(kind, softcap, dtype, tokens, attention, error) -> None:
+    shape = {"tokens": (tokens, tokens), "batch": 1, "heads": (2, 1)}
     case = attention(kind, softcap=softcap, dtype=dtype, **shape)
     truth, gradients = case.truth()
-    found, found_gradients = case.run(TRITON, [0, 70, 150])
+    found, found_gradients = case.run(TRITON, [0, tokens // 2, tokens])
     assert found.output.dtype == torch.float32
     assert error(found, truth) < TOLERANCE[dtype]
     assert error(found_gradients, gradients) < 2 * TOLERANCE[dtype]
-    assert {x.dtype for x in TRITON.backward(*_first(case, found))} == {torch.float32}
+    assert {x.dtype for x in TRITON.backward(*first(case, found, tokens // 2))} == {torch.float32}
 
 
-def _first(case, merged):
-    where, tile = next(case.blocks([0, 70]))
+def first(case, merged, end):
+    where, tile = next(case.blocks([0, end]))
     key, value = case.key[:, :, where], case.value[:, :, where]
     output = merged.output.to(case.query.dtype)
     return case.grad, case.query, key, value, output, merged.lse, tile, case.scores

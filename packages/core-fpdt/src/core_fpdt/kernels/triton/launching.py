@@ -12,7 +12,13 @@ from core_fpdt.kernels.contract import Gradients, Scores
 from core_fpdt.kernels.triton.backward import key_kernel, query_kernel
 from core_fpdt.kernels.triton.forward import forward_kernel
 from core_fpdt.kernels.triton.language import INTERPRETED, OPTIONS, made_current
-from core_fpdt.kernels.triton.sizes import Sizes, backward_sizes, forward_sizes, power_of_two
+from core_fpdt.kernels.triton.sizes import (
+    Sizes,
+    forward_sizes,
+    key_sizes,
+    power_of_two,
+    query_sizes,
+)
 from core_fpdt.masks.tiles import Kind, Tile
 
 
@@ -97,7 +103,7 @@ def differentiate(
     made = Gradients(*(x.new_empty(x.shape, dtype=torch.float32) for x in (query, key, value)))
     mask, strides = _mask(tile, query)
     known = _constants(query, key, value, tile, scores)
-    sizes = backward_sizes(max(known["WIDTH"], known["VALUE_WIDTH"]), query.element_size())
+    widest = max(known["WIDTH"], known["VALUE_WIDTH"]), query.element_size()
     inputs = grad, query, key, value, mask, lse.contiguous(), delta.contiguous()
     numbers = (
         *_numbers(scores, query, key),
@@ -105,9 +111,11 @@ def differentiate(
         *strides,
     )
     with made_current(query):
+        sizes = key_sizes(*widest)
         key_kernel[_grid(key.shape[2], sizes.columns, key)](
             *inputs, made.key, made.value, *numbers, **known, **_options(sizes)
         )
+        sizes = query_sizes(*widest)
         query_kernel[_grid(query.shape[2], sizes.rows, query)](
             *inputs, made.query, *numbers, **known, **_options(sizes)
         )

@@ -40,8 +40,15 @@ def forward_sizes(width: int, itemsize: int) -> Sizes:
     return Sizes(128, 64, 8, 2) if width <= 128 else Sizes(64, 32, 8, 2)
 
 
-def backward_sizes(width: int, itemsize: int) -> Sizes:
-    """For both backward kernels; see :func:`forward_sizes`."""
+def key_sizes(width: int, itemsize: int) -> Sizes:
+    """For the kernel of gradients of keys, which has two sums in registers; as :func:`forward_sizes`."""
+    if itemsize == 2 and width <= 128:
+        return Sizes(32, 64, 8, 2)
+    return query_sizes(width, itemsize)
+
+
+def query_sizes(width: int, itemsize: int) -> Sizes:
+    """For the kernel of gradients of queries; as :func:`forward_sizes`."""
     if itemsize > 2:
         return Sizes(32, 32, 8, 1) if width <= 64 else Sizes(16, 16, 8, 1)
     return Sizes(64, 64, 8, 2) if width <= 128 else Sizes(32, 32, 8, 1)
