@@ -48,13 +48,18 @@ class Enabled:
     """
 
     def __init__(
-        self, model: nn.Module, settings: FPDTSettings, peers: Peers | None, runner: Runner
+        self,
+        model: nn.Module,
+        settings: FPDTSettings,
+        peers: Peers | None,
+        runner: Runner,
+        undo: Callable[[], None],
     ) -> None:
         self.model = model
         self.settings = settings
         self.runner = runner
         self._peers = peers
-        self._undo = ExitStack()
+        self._undo = undo
 
     def shard(self, batch: Mapping[str, Tensor]) -> MutableMapping[str, Tensor]:
         """Cut a batch of whole sequences for this rank; see :func:`core_fpdt.parallel.sharding.shard`.
@@ -67,7 +72,7 @@ class Enabled:
 
     def disable(self) -> None:
         """Put everything back as it was; calling it again does nothing."""
-        self._undo.close()
+        self._undo()
 
     def __enter__(self) -> Enabled:
         return self
@@ -127,7 +132,6 @@ def enable(
             kernels,
             None if peers is None else peers.group,
         )
-        enabled = Enabled(model, wanted, peers, runner)
         undo.callback(switch_attention(model, NAME))
         for layer in layers:
             undo.callback(runner.attach(layer))
@@ -139,8 +143,7 @@ def enable(
         if probing is not None:
             probing.require_same(runner)
         undo.callback(_sequences(model, shared=peers is not None))
-        enabled._undo = undo.pop_all()
-    return enabled
+        return Enabled(model, wanted, peers, runner, undo.pop_all().close)
 
 
 def resolved(settings: FPDTSettings, device: torch.device) -> FPDTSettings:
@@ -158,7 +161,7 @@ def _chunkable(model: nn.Module) -> list[nn.Module]:
     """
     what = f"{type(model).__name__} cannot be run in chunks"
     inner: Any = decoder(model)
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+    if any(getattr(model, name, None) for name in ("_orig_mod", "_compiled_call_impl")):
         raise ModelError(what, why="it is compiled", fix="enable the model before compiling it")
     if not isinstance(inner, PreTrainedModel):
         raise ModelError(what, why=f"{type(inner).__name__} is no model of transformers")
@@ -194,12 +197,12 @@ def _sequences(model: nn.Module, *, shared: bool) -> Callable[[], None]:
     """Take the ids of documents out of batches, and put them in force for the model's masks."""
     entered: list[ExitStack] = []
 
-    def before(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if kwargs.get("output_router_logits"):
             why = "router logits of chunks have no gradient (output_router_logits)"
             raise ModelError("router logits are asked for", why=why, fix="do not ask for them")
         documents = kwargs.pop(DOCUMENTS, None)
-        if shared and documents is None and "input_ids" in kwargs:
+        if shared and documents is None and module.training:
             why = f"it has no {DOCUMENTS}"
             fix = "pass it through shard() of what enable() returned"
             raise ModelError("this batch is not cut for the ranks", why=why, fix=fix)

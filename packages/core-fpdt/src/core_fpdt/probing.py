@@ -116,6 +116,7 @@ class Probing:
         self._kinds = list(kinds.values())
         self._batches = _batches(model)
         self._layers = {same[0]: layers[same[0]] for same in self._kinds}
+        self._probed = {index: _precise(model, layer) for index, layer in self._layers.items()}
         self._trace = record(model)
         self._wholes: dict[tuple[int, int], _Whole] = {}
         with _calm(model):
@@ -168,7 +169,8 @@ class Probing:
             yield Finding(same[0], kind, len(same), reasons[same[0]])
 
     def _whole(self, index: int, captured: Captured, batch: Mapping[str, Tensor]) -> _Whole:
-        layer, (args, kwargs) = _precise(self._model, self._layers[index], captured)
+        layer = self._probed[index]
+        args, kwargs = captured if layer is self._layers[index] else _widened(captured)
         generator = torch.Generator().manual_seed(index)
         hidden: Tensor = args[0].detach()
         grad = torch.randn(hidden.shape, generator=generator).to(hidden)
@@ -182,7 +184,8 @@ class Probing:
         whole = self._wholes[index, number]
         if not whole.steady:
             return "draws random numbers beside dropout, which chunks would draw in another order"
-        layer, (args, kwargs) = _precise(self._model, self._layers[index], captured)
+        layer = self._probed[index]
+        args, kwargs = captured if layer is self._layers[index] else _widened(captured)
         with ExitStack() as stack:
             if layer is not self._layers[index]:
                 stack.callback(runner.attach(layer))
@@ -209,8 +212,8 @@ def _results(
     with torch.enable_grad():
         output = layer(leaf, *args, **kwargs)
         output = output if isinstance(output, Tensor) else output[0]
-        found = torch.autograd.grad(
-            output, [leaf, *named.values()], grad.to(output), allow_unused=True
+        found: list[Tensor | None] = list(
+            torch.autograd.grad(output, [leaf, *named.values()], grad.to(output), allow_unused=True)
         )
     results = {"its output": output.detach()[real.to(output.device)]}
     for name, gradient in zip(["its input", *named], found, strict=True):
@@ -235,19 +238,22 @@ def _difference(whole: _Whole, found: Mapping[str, Tensor]) -> str:
     return ""
 
 
-def _precise(model: nn.Module, layer: nn.Module, captured: Captured) -> tuple[nn.Module, Captured]:
+def _precise(model: nn.Module, layer: nn.Module) -> nn.Module:
     """A layer of 16-bit weights as a float32 copy, in which small differences are seen."""
     parameters = list(layer.parameters())
     if not parameters or any(p.dtype not in _HALF for p in parameters):
-        return layer, captured
+        return layer
+    # Attention is looked up in the configuration, which stays that of the model.
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    copied: nn.Module = copy.deepcopy(layer, dict(configs))
-    copied.__dict__.pop("_gradient_checkpointing_func", None)
-    copied.__dict__.pop("gradient_checkpointing", None)
-    copied._forward_pre_hooks.clear()
-    copied._forward_hooks.clear()
-    wide = pytree.tree_map_only(Tensor, lambda t: t.float() if t.dtype in _HALF else t, captured)
-    return copied.float(), wide
+    return copy.deepcopy(layer, dict(configs)).float()
+
+
+def _widened(captured: Captured) -> Captured:
+    """What a layer was called with, in float32."""
+    wide: Captured = pytree.tree_map_only(
+        Tensor, lambda t: t.float() if t.dtype in _HALF else t, captured
+    )
+    return wide
 
 
 def _batches(model: nn.Module) -> list[dict[str, Tensor]]:
@@ -305,7 +311,7 @@ def _calm(model: nn.Module) -> Generator[None]:
     old: list[tuple[nn.Module, str, float]] = []
     for module in model.modules():
         for name, value in vars(module).items():
-            of_module = isinstance(module, nn.modules.dropout._DropoutNd) and name == "p"
+            of_module = "Dropout" in type(module).__name__ and name == "p"
             if isinstance(value, float) and (of_module or "drop" in name):
                 old.append((module, name, value))
     try:

@@ -111,6 +111,10 @@ FORMS = ["plain", "ragged", "padded right", "padded left", "packed"]
 ROUNDS = {"Cohere", "Cohere2", "Gemma", "Gemma2", "Gemma3Text", "Gemma4Text", "Helium"}
 """Families that compute norms in float32 in any model; a router in float32 rounds too."""
 ROUTERS = {"DeepseekV3", "Glm4Moe"}
+EAGER = {"Gemma2", "GptOss"}
+"""Families whose attention only transformers' eager function computes."""
+NANS = {"Gemma2"}
+"""Families that give NaN in float64 where a row sees nothing."""
 
 
 @dataclass(frozen=True)
@@ -137,14 +141,21 @@ class Family:
         """Whole and chunked in float64."""
         model = copy.deepcopy(self.model).double()
         model.set_experts_implementation("eager")
-        if getattr(model, "_supports_sdpa", False) and self.name != "Gemma2":
+        # Eager attention may cast what hides to float32, where rows that see nothing become NaN.
+        if self.name not in EAGER:
             model.set_attn_implementation("sdpa")
-        # Eager attention casts what hides to float32, where rows that see nothing become NaN.
-        eager = model.config._attn_implementation == "eager"
-        forms = [form for form in FORMS if not (eager and "padded" in form)]
+        forms = [form for form in FORMS if self.name not in NANS or "padded" not in form]
         whole = {form: run(model, form) for form in forms}
         with core_fpdt.enable(model, chunk_tokens=CHUNK, strict=False):
             return {form: (whole[form], run(model, form)) for form in forms}
+
+    def noise(self, name: str) -> float:
+        """How far a gradient of the model as it is comes to lie from the exact one, at worst."""
+        pairs = [
+            (self.whole[form].gradients[name], whole.gradients[name])
+            for form, (whole, _) in self.precise.items()
+        ]
+        return max(float((found - exact).norm() / exact.norm()) for found, exact in pairs)
 
 
 def batch(form: str) -> dict[str, Tensor]:
@@ -178,7 +189,7 @@ def run(model: nn.Module, form: str) -> Run:
     loss.backward()
     named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     gradients = {name: gradient.double() for name, gradient in named.items()}
-    return Run(float(loss), {"input": leaf.grad.double(), **gradients})
+    return Run(float(loss.detach()), {"input": leaf.grad.double(), **gradients})
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -198,11 +209,11 @@ def test_loss_and_gradients_in_single_precision(family: Family, form: str) -> No
         if off <= EXACT * float(wanted.norm()):
             continue
         # The model itself is not that exact: how far off is it, and are we farther?
+        noise = family.noise(name)
+        assert noise > EXACT / 2, name
         exact = family.precise[form][0].gradients[name]
-        noise = float((wanted - exact).norm())
-        assert noise > EXACT * float(exact.norm()) / 2, name
         # A sum that cancels out is as exact as what was added.
-        allowed = max(2 * noise, EXACT * 1e-2 * largest)
+        allowed = max(2 * noise * float(exact.norm()), EXACT * 1e-2 * largest)
         assert float((chunked.gradients[name] - exact).norm()) <= allowed, name
 
 

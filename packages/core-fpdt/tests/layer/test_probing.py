@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import ModelError
+from core.positions.install import positions
+from core.positions.policy import ModelPositions
 from core.testing import tiny
 from core_fpdt import enable
 from core_fpdt.probing import probe
@@ -79,3 +81,17 @@ def test_a_model_is_enabled_once() -> None:
     model = tiny.llama()
     with enable(model), pytest.raises(ModelError, match="runs in chunks already"):
         enable(model)
+
+
+def test_a_policy_of_positions_is_heeded() -> None:
+    model = tiny.llama().double()
+    inputs = {**tiny.batch(length=40), "use_cache": False}
+    policy = ModelPositions(per_request=True)
+    with positions(model, policy):
+        wanted = model(**inputs).loss
+        (gradient,) = torch.autograd.grad(wanted, [model.model.layers[0].self_attn.k_proj.weight])
+        with enable(model, chunk_tokens=13):
+            found = model(**inputs).loss
+            weight = model.model.layers[0].self_attn.k_proj.weight
+            torch.testing.assert_close(torch.autograd.grad(found, [weight])[0], gradient)
+    torch.testing.assert_close(found, wanted)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -44,6 +44,7 @@ def grads(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
+@settings(deadline=None)
 @given(tokens=st.integers(1, 40), rows=st.integers(1, 12), seed=st.integers(0, 5), data=st.data())
 def test_any_length_in_any_chunks(
     reduction: Any, tokens: int, rows: int, seed: int, data: st.DataObject
@@ -116,6 +117,21 @@ def test_every_gradient_is_multiplied_by_the_one_that_arrives(factor: float) -> 
     loss = chunked_cross_entropy(hidden, projection(head, 4), target, Rules())
     for ours, theirs in zip(grads(loss * factor, *inputs), plain, strict=True):
         assert torch.allclose(ours, theirs * factor, rtol=1e-5, atol=1e-7 * factor)
+
+
+def test_gradients_in_half_precision_are_added_up_in_float32() -> None:
+    head = nn.Linear(WIDTH, 2, dtype=torch.bfloat16)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    torch.manual_seed(0)
+    hidden = torch.rand(600, WIDTH, dtype=torch.bfloat16) + 0.5
+    made = Projection.of(head, 1)
+    assert made.rows == 1
+    target = torch.zeros(600, dtype=torch.int64)
+    chunked_cross_entropy(hidden, made, target, Rules(reduction="sum")).backward()
+    exact = hidden.double().sum(0) / 2  # both classes are as likely
+    assert torch.allclose(head.weight.grad.double(), torch.stack([-exact, exact]), rtol=2**-8)
+    assert torch.equal(head.bias.grad, torch.tensor([-300.0, 300.0], dtype=torch.bfloat16))
 
 
 def test_hooks_fire_once() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 from core.equivalence import decoder
@@ -49,6 +49,7 @@ def gradients(block: nn.Module, x: Tensor, *args: Any) -> list[Tensor]:
     return [output, *torch.autograd.grad((output * factors).sum(), inputs)]
 
 
+@settings(deadline=None)
 @given(length=st.integers(1, 40), cut=st.integers(1, 12), by_tokens=st.booleans())
 def test_any_length_in_any_tiles(length: int, cut: int, by_tokens: bool) -> None:
     block, x = make(length)
@@ -107,10 +108,10 @@ def test_dropout_is_replayed() -> None:
     after = torch.get_rng_state()
     torch.manual_seed(3)
     wanted = torch.cat([twin(part) for part in x.split(4, dim=1)], dim=1)
-    assert torch.equal(output, wanted)
+    assert torch.allclose(output, wanted, rtol=1e-12)
     output.square().sum().backward()
     assert torch.equal(torch.get_rng_state(), after)
-    (wanted.square().sum()).backward()
+    wanted.square().sum().backward()
     for ours, theirs in zip(block.parameters(), twin.parameters(), strict=True):
         if theirs.grad is not None:
             assert torch.allclose(ours.grad, theirs.grad, rtol=1e-12)
@@ -134,15 +135,13 @@ def test_under_autocast() -> None:
 
 
 def test_weight_gradients_in_half_precision_are_added_up_in_float32() -> None:
-    block, x = make(256, torch.bfloat16)
-    exact = gradients(copy.deepcopy(block).double(), x.detach().double().requires_grad_())
-    off = []
-    for tokens in (256, 1):
-        undo = tile(block, tokens=tokens)
-        found = gradients(block, x)
-        off.append(float((found[2].double() - exact[2]).norm()))
-        undo()
-    assert off[1] <= 1.3 * off[0]
+    torch.manual_seed(0)
+    linear = nn.Linear(WIDTH, WIDTH, dtype=torch.bfloat16)
+    x = torch.rand(1, 600, WIDTH, dtype=torch.bfloat16) + 0.5
+    tile(linear, tokens=1)
+    linear(x).sum().backward()
+    exact = x.double().sum((0, 1)).expand(WIDTH, -1)
+    assert torch.allclose(linear.weight.grad.double(), exact, rtol=2**-8)
 
 
 @pytest.mark.parametrize("frozen", ["input", "parameters", "all"])

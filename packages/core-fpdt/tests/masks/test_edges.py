@@ -55,6 +55,15 @@ def test_documents_that_see_both_ways_are_not_cut() -> None:
     assert edges(20, 4, mask) == [0, 5, 11, 20]
 
 
+def test_the_nearest_of_several_rules_decides() -> None:
+    ids = torch.tensor([[0] * 5 + [1] * 6 + [2] * 9])
+    ahead = made.sliding_window_bidirectional_overlay(1)
+    function = made.and_masks(ahead, made.packed_sequence_mask_function(ids))
+    mask = lazy_mask(batch_size=1, q_length=20, kv_length=20, mask_function=function)
+    assert [mask.horizon(edge) for edge in (4, 5, 6, 11)] == [5, 5, 7, 11]
+    assert edges(20, 4, mask) == [0, 5, 11, 20]
+
+
 def test_chunks_that_see_both_ways_are_not_cut() -> None:
     function = made.chunked_overlay(6, torch.tensor([0, 2]))
     mask = lazy_mask(batch_size=2, q_length=20, kv_length=20, mask_function=function)

@@ -141,6 +141,21 @@ def test_any_composition_equals_what_transformers_makes(
         assert not wanted[:, :, :edge, mask.horizon(edge) :].any()
 
 
+@pytest.mark.parametrize("ids", [PACKED, PACKED.flip(1), IDS], ids=["rising", "falling", "mixed"])
+@pytest.mark.parametrize("places", [PLACES, PACKED, PLACES * 2, PLACES - 1])
+@pytest.mark.parametrize("name", [*STOCK, "causal or known"])
+def test_positions_that_are_not_those_of_the_documents(
+    both_ways, assembled, name, places, ids
+) -> None:
+    either = made.or_masks(made.causal_mask_function, made.padding_mask_function(IDS > 1))
+    inner = {**STOCK, "causal or known": either}[name]
+    function = made.packed_sequence_compatibility_function(inner, places, ids)
+    mask, wanted = both_ways(
+        batch_size=BATCH, q_length=LENGTH, kv_length=LENGTH, mask_function=function
+    )
+    assert torch.equal(assembled(mask, [2, 5, 7, 9]), wanted)
+
+
 @pytest.mark.parametrize("vectorized", [False, True])
 @pytest.mark.parametrize("name", THEIRS)
 def test_each_function_of_others(both_ways, assembled, name, vectorized) -> None:

@@ -81,7 +81,7 @@ def test_whole_chunks_of_padding(order, tokens, trained, distance) -> None:
 
 
 @ORDERS
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_a_row_of_nothing_but_padding_changes_nothing(
     order, dtype, tokens, trained, distance
 ) -> None:
@@ -93,11 +93,12 @@ def test_a_row_of_nothing_but_padding_changes_nothing(
     batch["labels"][1] = -100
     with enable(model, chunk_tokens=CHUNK, strict=False, order=order):
         wanted = trained(model, alone)
-        assert distance(trained(model, batch), wanted) < (1e-12 if dtype == torch.float64 else 0.03)
+        assert distance(trained(model, batch), wanted) < (1e-12 if dtype == torch.float64 else 1e-5)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
-def test_hidden_states_of_ten_thousand(family, tokens, trained, distance) -> None:
+# What Gemma 2 does without chunks is a softmax in float32.
+@pytest.mark.parametrize(("family", "tolerance"), [("Llama", 1e-7), ("Gemma2", 1e-5)])
+def test_hidden_states_of_ten_thousand(family, tolerance, tokens, trained, distance) -> None:
     changes = {"head_dim": 8} if family == "Gemma2" else {}
     model = tiny.build(family, num_hidden_layers=2, **changes).double()
     with torch.no_grad():
@@ -106,7 +107,7 @@ def test_hidden_states_of_ten_thousand(family, tokens, trained, distance) -> Non
             layer.self_attn.k_proj.weight.mul_(1e3)
     wanted = trained(copy.deepcopy(model), tokens())
     with enable(model, chunk_tokens=CHUNK, strict=False):
-        assert distance(trained(model, tokens()), wanted) < 1e-7
+        assert distance(trained(model, tokens()), wanted) < tolerance
 
 
 def test_losses_of_hundreds_are_finite(tokens, trained, distance) -> None:

@@ -112,3 +112,11 @@ def make_simulated() -> Iterator[Callable[..., StagedStore]]:
     yield make
     for one in made:
         one.close()
+
+
+@pytest.fixture(params=["simulated", "unhurried"])
+def poisoning(request: pytest.FixtureRequest) -> Iterator[StagedStore]:
+    """A store in which whatever is read too early or too late is poison."""
+    made = simulated(1e-4) if request.param == "simulated" else unhurried()
+    yield made
+    made.close()

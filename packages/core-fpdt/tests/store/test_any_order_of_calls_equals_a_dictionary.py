@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
@@ -67,7 +67,9 @@ class Against(RuleBasedStateMachine):
             self.open(name)
 
     def open(self, name: str) -> None:
-        lane = self.store.lane(name.split()[0], EDGES[name], dim=DIMS[name], whole=self.whole)
+        lane = self.store.lane(
+            name.partition(" ")[0], EDGES[name], dim=DIMS[name], whole=self.whole
+        )
         self.lanes[name], self.known[name] = lane, {}
 
     def is_out(self, name: str, index: int) -> bool:
@@ -190,8 +192,8 @@ class AgainstWhole(Against):
         if any(self.is_out(name, index) for index in range(first, last)):
             return
         chunk = _chunk(name, first, last, seed)
-        sizes = [b - a for a, b in zip(EDGES[name][first:last], EDGES[name][first + 1 :])]
-        for index, part in zip(range(first, last), chunk.split(sizes, dim=DIMS[name])):
+        sizes = [end - begin for begin, end in pairwise(EDGES[name][first : last + 1])]
+        for index, part in enumerate(chunk.split(sizes, dim=DIMS[name]), first):
             old = self.known[name].get(index)
             self.known[name][index] = part.clone() if old is None else old + part
         self.lanes[name].add(first, chunk, last)

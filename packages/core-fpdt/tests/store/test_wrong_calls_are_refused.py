@@ -64,3 +64,17 @@ def test_a_range_of_a_lane_that_is_not_whole(store: Store) -> None:
     else:
         assert lane.get(0, 2).shape == (2, 8, 3)
     assert torch.equal(lane.get(0, 1), CHUNK)
+
+
+def test_a_dropped_chunk_is_zero_again_to_whatever_is_added(store: Store) -> None:
+    lane = store.lane("gradients", (0, 4, 8), dim=1)
+    lane.put(0, CHUNK)
+    lane.put(1, 5 * CHUNK)
+    lane.drop(1)
+    if lane.whole:
+        lane.add(0, torch.ones(2, 8, 3), 2)
+    else:
+        lane.add(0, CHUNK)
+        lane.add(1, CHUNK)
+    assert torch.equal(lane.get(0), 2 * CHUNK)
+    assert torch.equal(lane.get(1), CHUNK)

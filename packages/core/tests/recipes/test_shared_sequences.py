@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from torch import Tensor
 
 import core
@@ -52,6 +53,7 @@ def plugins() -> Plugins:
 
 
 def rank_main(folder: Path) -> None:
+    dist.init_process_group("gloo")  # one for both runs
     train = {**TRAIN, "sequence_ranks": 2}
     with core.start(folder=folder / "whole", quiet=True, plugins=plugins(), train=train) as run:
         try:

@@ -68,6 +68,11 @@ def attend(
             why = f"it attends more than once ({type(step.module).__name__}, then again)"
             raise ModelError(f"{type(module).__name__} cannot be run in chunks", why=why)
         step.module = module
+        places = kwargs.get("position_ids")
+        told = isinstance(places, Tensor) and places.shape[-1] == query.shape[2]
+        if step.rotated and not told:
+            why = "a policy of positions is in force, and it is not told where its tokens stand"
+            raise ModelError(f"{type(module).__name__} cannot be run in chunks", why=why)
         output = step.attending(step.index, inputs)
     elif module.training:
         why = "something else took over the layers, such as gradient checkpointing"

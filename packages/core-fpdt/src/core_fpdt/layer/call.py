@@ -55,6 +55,7 @@ class LayerCall:
         kernels: what computes blocks of attention.
         keeping: what is kept; ``None`` for a pass that is not gone backwards.
         before_more: told what all chunks will take, when the first one was run; says what is kept.
+        rotated: a policy of positions is in force.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class LayerCall:
         kernels: Chooser,
         keeping: Keeping | None,
         before_more: Callable[[Needed], Keeping] | None = None,
+        rotated: bool = False,
     ) -> None:
         self.layer = layer
         self.arguments = arguments
@@ -78,6 +80,7 @@ class LayerCall:
         self.count = len(sharing.edges) - 1
         self.blocks: Blocks | None = None
         self._forward = forward
+        self._rotated = rotated
         self._before_more = before_more
         self._mask = mask
         self._kernels = kernels
@@ -240,7 +243,7 @@ class LayerCall:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        with self._conditions.again(), in_force(Step(index, attending)):
+        with self._conditions.again(), in_force(Step(index, attending, self._rotated)):
             return self._forward(hidden, *args, **kwargs)
 
     def hidden_of(self, result: Any) -> Tensor:

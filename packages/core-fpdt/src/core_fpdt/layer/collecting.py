@@ -59,7 +59,9 @@ class Collected:
         if self._hidden is not None:
             inputs.insert(0, piece)
         ends, grads = [output for output, _ in pairs], [grad for _, grad in pairs]
-        found = list(torch.autograd.grad(ends, inputs, grads, allow_unused=True))
+        found: list[Tensor | None] = list(
+            torch.autograd.grad(ends, inputs, grads, allow_unused=True)
+        )
         if self._hidden is not None:
             first, *found = found
             if first is not None:

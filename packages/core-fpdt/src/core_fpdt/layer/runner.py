@@ -101,6 +101,7 @@ class Runner:
             self._kernels,
             self._keeping if graph else None,
             self._fit if sharing.edges[-1] > self._longest else None,
+            BATCH_ARGUMENT in kwargs,
         )
         self._length = sharing.edges[-1]
         return run_in_chunks(call, hidden)
@@ -199,9 +200,6 @@ class Runner:
             raise ModelError(what, why="it is being compiled", fix="enable a model that is not")
         if not args or not isinstance(args[0], Tensor) or args[0].dim() != 3:
             raise ModelError(what, why="its first argument is not (batch, tokens, width)")
-        if kwargs.get(BATCH_ARGUMENT) is not None:
-            why = "a policy of positions is in force, which knows whole batches only"
-            raise ModelError(what, why=why, fix="train with the model's own positions")
         if kwargs.get("output_router_logits"):
             why = "router logits of chunks have no gradient (output_router_logits)"
             raise ModelError(what, why=why, fix="set output_router_logits=False")

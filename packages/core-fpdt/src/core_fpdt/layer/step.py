@@ -46,11 +46,13 @@ class Step:
     Args:
         index: number of the chunk.
         attending: what attention does.
+        rotated: a policy of positions rotates queries and keys, and must be told where they stand.
         module: the attention module, once it was called.
     """
 
     index: int
     attending: Attending
+    rotated: bool = False
     module: nn.Module | None = None
 
 

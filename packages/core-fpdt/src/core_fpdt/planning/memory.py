@@ -14,6 +14,8 @@ from core_fpdt.planning.job import Job
 Parts = Mapping[str, float]
 
 _FLOAT = 4
+_COPIES = 4
+"""Tensors of the size of a piece of the logits that exist at once."""
 _JOINED = 16
 """Most chunks of keys that one call goes over, where they lie behind each other."""
 _BUFFERS = 2
@@ -54,14 +56,13 @@ def memory(job: Job) -> Memory:
     """Predict what a step takes."""
     common = {**_states(job, on="device"), "reserve": job.hardware.reserve}
     moments = {name: {**common, **parts} for name, parts in _moments(job).items()}
-    fullest = max(moments, key=lambda name: sum(moments[name].values()))
-    device = {part: size for part, size in moments[fullest].items() if size}
-    host = {part: size for part, size in (_kept(job) | _states(job, on="host")).items() if size}
     if job.offload == "none":
-        own = _kept(job)
-        device |= {part: size for part, size in own.items() if size}
-        host = {part: size for part, size in host.items() if part not in own}
-    return Memory(fullest, device, host)
+        moments = {name: parts | _kept(job, name) for name, parts in moments.items()}
+        host = _states(job, on="host")
+    else:
+        host = _kept(job, "backward") | _states(job, on="host")
+    fullest = max(moments, key=lambda name: sum(moments[name].values()))
+    return Memory(fullest, _some(moments[fullest]), _some(host))
 
 
 def kept_per_token(job: Job, *, output: float | None = None) -> float:
@@ -78,25 +79,27 @@ def kept_per_token(job: Job, *, output: float | None = None) -> float:
     return job.shape.hidden * b + share * (queries * b + lse) + job.settings.keep_keys * keys * b
 
 
-def _kept(job: Job) -> dict[str, float]:
-    """Chunks that wait, and the sums of the one layer that is gone backwards."""
+def _some(parts: Parts) -> Parts:
+    return {part: size for part, size in parts.items() if size}
+
+
+def _kept(job: Job, moment: str) -> dict[str, float]:
+    """Chunks that wait, and what belongs to the one layer that is run."""
     shape, b = job.shape, job.element
     local, whole = job.local, job.sequence
     queries, keys = job.query_width, 2 * job.key_width
     lse = _FLOAT * queries / shape.head_dim
-    kept_keys = shape.layers if job.settings.keep_keys else 1
+    kept_keys = shape.layers if job.settings.keep_keys else int(moment != "loss")
     if job.order == "query":
         sums = whole * keys * _FLOAT
     else:
         # Queries, gradients of outputs and float32 gradients of queries; outputs where not kept.
         sums = whole * queries * (2 * b + _FLOAT) + (1 - job.kept) * whole * (queries * b + lse)
-    # Where nothing is offloaded, autograd holds the inputs of layers: one more, behind the last.
-    inputs = shape.layers + (job.offload == "none")
     return {
-        "layer inputs": inputs * local * shape.hidden * b,
+        "layer inputs": shape.layers * local * shape.hidden * b,
         "attention outputs": shape.layers * job.kept * whole * (queries * b + lse),
         "keys and values": kept_keys * whole * keys * b,
-        "sums of a layer": sums,
+        "sums of a layer": sums if moment.startswith("backward") else 0.0,
     }
 
 
@@ -220,9 +223,8 @@ def _exchange(job: Job) -> float:
 
 def _loss(job: Job) -> float:
     """A piece of the logits with its gradient, and the head's gradient in float32."""
-    rows = min(job.local, job.settings.loss_chunk_bytes / (3 * _FLOAT * job.shape.vocabulary))
-    logits = rows * job.shape.vocabulary * 3 * _FLOAT
-    return logits + job.shape.head_parameters * _FLOAT
+    everything = job.local * job.shape.vocabulary * _FLOAT * _COPIES
+    return min(everything, job.settings.loss_chunk_bytes) + job.shape.head_parameters * _FLOAT
 
 
 _STATES = ("weights", "gradients", "optimizer")
