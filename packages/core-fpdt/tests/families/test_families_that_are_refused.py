@@ -145,19 +145,6 @@ REFUSED: Mapping[str, tuple[str, Mapping[str, Any], str, str]] = {
         "MixtralForCausalLM",
         "output_router_logits",
     ),
-    "gemma3n": (
-        "Gemma3nText",
-        {
-            **GEMMA,
-            "layer_types": ["sliding_attention", "full_attention"],
-            "num_kv_shared_layers": 0,
-            "laurel_rank": 4,
-            "activation_sparsity_pattern": None,
-            "altup_num_inputs": 2,
-        },
-        "Gemma3nTextDecoderLayer",
-        "",
-    ),
 }
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,23 +12,16 @@ import torch
 
 import core_fpdt
 from core.testing.tiny import build
-from core_fpdt.measuring import Meter
+from core_fpdt.measuring import Meter, hosted
+from core_fpdt.store import making
 
-SMALL = {
-    "hidden_size": 128,
-    "intermediate_size": 344,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2**16,
-}
 
 
 class Steps:
     """Meters forward and backward passes of one model."""
 
-    def __init__(self, **config: Any) -> None:
-        self.model: Any = build("Llama", **SMALL | config).train()
+    def __init__(self, family: str = "Llama", **config: Any) -> None:
+        self.model: Any = build(family, **config).train()
 
     def plain(self, tokens: int) -> Meter:
         """Torch's own attention, everything kept."""
@@ -48,17 +44,25 @@ class Steps:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, self.model.config.vocab_size, (1, tokens), generator=generator)
         self.model.zero_grad()
+        gc.collect()
         with Meter(self.model) as meter:
             self.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         self.model.zero_grad()
         return meter
 
 
-@pytest.fixture(name="large_vocabulary", scope="session")
-def _large_vocabulary() -> Steps:
-    return Steps(vocab_size=32000)
+@pytest.fixture(name="steps", scope="session")
+def _steps() -> Callable[..., Steps]:
+    return functools.cache(Steps)
 
 
-@pytest.fixture(name="small_vocabulary", scope="session")
-def _small_vocabulary() -> Steps:
-    return Steps(vocab_size=1000)
+@pytest.fixture(autouse=True)
+def _host_of_the_simulated_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is ordinary memory, and has to be told apart."""
+    plain = making.plain_memory
+
+    def marked(nbytes: int) -> Any:
+        with hosted():
+            return plain(nbytes)
+
+    monkeypatch.setattr(making, "plain_memory", marked)

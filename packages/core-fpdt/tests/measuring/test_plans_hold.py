@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import pytest
@@ -13,19 +12,41 @@ from core_fpdt.planning.memory import Memory, memory
 from core_fpdt.planning.shape import from_config
 from core_fpdt.settings import FPDTSettings
 
-BASE: dict[str, Any] = {"chunk_tokens": 256, "offload": "file", "loss_chunk_bytes": 2**20}
-CASES: list[dict[str, Any]] = [
+SMALL: dict[str, Any] = {
+    "vocab_size": 500,
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+}
+BASE: dict[str, Any] = {"chunk_tokens": 128, "offload": "file", "loss_chunk_bytes": 2**19}
+STAGED: dict[str, Any] = {"offload": "host", "delay": 1e-6}
+SETTINGS: list[dict[str, Any]] = [
     {},
     {"keep_output": 0.0},
+    {"keep_output": 0.5},
     {"keep_keys": False},
-    {"keep_output": 0.0, "keep_keys": False, "order": "key"},
     {"order": "key"},
-    {"chunk_tokens": 512},
+    {"order": "key", "keep_output": 0.0, "keep_keys": False},
+    {"chunk_tokens": 32},
+    {"chunk_tokens": 4096},
     {"mlp_chunks": 4},
     {"loss_chunk_bytes": 2**24},
     {"offload": "none"},
     {"offload": "none", "keep_output": 0.0, "keep_keys": False},
-    {"offload": "host", "delay": 1e-6},
+    STAGED,
+    STAGED | {"order": "key"},
+    STAGED | {"keep_output": 0.5},
+    STAGED | {"keep_output": 0.0, "keep_keys": False},
+]
+SHAPES: list[tuple[str, dict[str, Any]]] = [
+    ("Llama", {"intermediate_size": 32, "num_key_value_heads": 4}),
+    ("Llama", {"hidden_size": 128, "num_key_value_heads": 1}),
+    ("Qwen3", {"head_dim": 16}),
+    ("Mixtral", {"num_local_experts": 4}),
+    ("GPT2", {"n_inner": 256, "num_key_value_heads": 4, "attn_pdrop": 0.0, "embd_pdrop": 0.0}),
 ]
 
 
@@ -41,11 +62,26 @@ def predicted(steps: Any, tokens: int, settings: dict[str, Any]) -> Memory:
     return memory(job)
 
 
-@pytest.mark.parametrize("changes", CASES, ids=str)
-def test_peaks_of_settings(small_vocabulary: Any, changes: dict[str, Any]) -> None:
-    settings = BASE | changes
-    gc.collect()
-    meter = small_vocabulary.chunked(1800, **settings)
-    plan = predicted(small_vocabulary, 1800, settings)
+def require_equal(steps: Any, tokens: int, settings: dict[str, Any]) -> None:
+    meter = steps.chunked(tokens, **settings)
+    plan = predicted(steps, tokens, settings)
     assert plan.activations == pytest.approx(meter.peak, rel=0.1)
     assert plan.host_bytes == pytest.approx(meter.host_peak, rel=0.1)
+
+
+@pytest.mark.parametrize("changes", SETTINGS, ids=str)
+def test_peaks_with_other_settings(steps: Any, changes: dict[str, Any]) -> None:
+    require_equal(steps(**SMALL), 900, BASE | changes)
+
+
+@pytest.mark.parametrize(("family", "config"), SHAPES, ids=str)
+@pytest.mark.parametrize("changes", [{}, STAGED], ids=["files", "staged"])
+def test_peaks_of_other_shapes(
+    steps: Any, family: str, config: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    require_equal(steps(family, **SMALL | config), 900, BASE | changes)
+
+
+@pytest.mark.parametrize("tokens", [100, 450, 1800])
+def test_peaks_at_other_lengths(steps: Any, tokens: int) -> None:
+    require_equal(steps(**SMALL), tokens, BASE)

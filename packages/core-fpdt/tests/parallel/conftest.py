@@ -1,4 +1,4 @@
-"""Real ranks on gloo: ``python conftest.py FILE RANK WORLD FOLDER`` is what each of them runs.
+"""Real ranks on gloo: ``python conftest.py FILE WORLD FOLDER`` becomes as many of them.
 
 A test file has ``on_rank(folder) -> JSON value``; what each rank returned is what the test looks at. The
 first rank to fail ends all of them, and so does the clock.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 
 Launch = Callable[[str, int], list[Any]]
-SECONDS = 150
+SECONDS = 400
+"""Of patience: many times what ranks take on an idle machine."""
 
 
 @pytest.fixture(scope="session")
@@ -33,50 +34,58 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     def run(file: str, world: int) -> list[Any]:
         folder = tmp_path_factory.mktemp(f"ranks{world}")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, __file__, file, str(rank), str(world), str(folder)],
-                env=environment,
-            )
-            for rank in range(world)
-        ]
-        _wait(ranks)
+        ranks = subprocess.Popen(
+            [sys.executable, __file__, file, str(world), str(folder)],
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            ranks.wait(SECONDS)
+        finally:
+            if ranks.poll() is None:
+                os.killpg(ranks.pid, signal.SIGKILL)
+                ranks.wait()
         errors = sorted(folder.glob("error-*.txt"))
         assert not errors, errors[0].read_text()
-        assert [rank.returncode for rank in ranks] == [0] * world, "ranks hung, and were killed"
+        assert ranks.returncode == 0
         return [json.loads((folder / f"said-{rank}.json").read_text()) for rank in range(world)]
 
     return run
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> None:
-    end = time.monotonic() + SECONDS
-    while time.monotonic() < end and any(rank.poll() is None for rank in ranks):
-        if any(rank.poll() for rank in ranks):
-            break  # the others wait for it in gloo
-        time.sleep(0.05)
-    for rank in ranks:
-        rank.kill()
-        rank.wait()
-
-
-def rank_main(file: str, rank: int, world: int, folder: Path) -> None:
-    """Join the others, run the file, write down what it says."""
+def become_ranks(file: str, world: int, folder: Path) -> int:
+    """Import everything once, fork into ranks, and wait for them."""
     import torch
-    import torch.distributed as dist
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    spec = spec_from_file_location("on_rank", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules["on_rank"] = module
+    spec.loader.exec_module(module)
+    ranks = [_fork(module.on_rank, rank, world, folder) for rank in range(world)]
+    left = set(ranks)
+    while left:
+        pid, status = os.wait()
+        left.discard(pid)
+        if status:
+            for other in left:  # they wait for it in gloo
+                os.kill(other, signal.SIGKILL)
+            return 1
+    return 0
+
+
+def _fork(on_rank: Callable[[Path], Any], rank: int, world: int, folder: Path) -> int:
+    if pid := os.fork():
+        return pid
+    import torch.distributed as dist
+
     try:
         store = f"file://{folder}/store"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-        spec = spec_from_file_location("on_rank", file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = module_from_spec(spec)
-        sys.modules["on_rank"] = module
-        spec.loader.exec_module(module)
-        said = module.on_rank(folder)
+        said = on_rank(folder)
         (folder / f"said-{rank}.json").write_text(json.dumps(said))
         dist.barrier()
         dist.destroy_process_group()
@@ -87,4 +96,4 @@ def rank_main(file: str, rank: int, world: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    rank_main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    sys.exit(become_ranks(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])))

@@ -94,7 +94,8 @@ def on_rank(folder: Path) -> dict[str, Any]:
         said["differ"][name] = refusal(change, peers)
     said["nothing to learn"] = nothing_to_learn(peers)
     said["no labels"] = sorted(shard({"input_ids": batch()["input_ids"]}, CHUNK, peers))
-    said["one token"] = shard(batch(length=1), CHUNK, peers)["input_ids"].shape[1]
+    one = shard(batch(rows=1, length=1), CHUNK, peers)
+    said["one token"] = [one["input_ids"].shape[1], *one["fpdt_documents"][0].tolist()]
     if dist.get_world_size() == 4:
         said["mesh"] = on_a_mesh()
     return said
@@ -108,12 +109,12 @@ def scores(whole: Batch) -> Tensor:
 
 def places(cut: Batch, whole: Batch) -> Tensor:
     """Where this rank's tokens are in the sequence; told by a tensor that is cut like all others."""
-    here = torch.arange(whole["labels"].shape[1]).unsqueeze(0)
+    here = torch.arange(1, 1 + whole["labels"].shape[1]).unsqueeze(0)
     world = dist.group.WORLD
     assert world is not None
     told: Tensor = shard({**whole, "place": here}, CHUNK, peers_of(world, "sp"))["place"][0]
     assert told.shape[0] == cut["attention_mask"].shape[1]
-    return told
+    return (told - 1).clamp_min(0)  # what was added is 0, and predicts nothing
 
 
 def loss_of(cut: Batch, logits: Tensor) -> float:
@@ -144,7 +145,7 @@ CHANGES: dict[str, Callable[[Batch], tuple[Batch, int]]] = {
     "count": lambda b: ({**b, "num_items_in_batch": 9}, CHUNK),
     "names": lambda b: ({**b, "use_cache": False}, CHUNK),
     "broken": lambda b: ({**b, "labels": "none"}, CHUNK),
-    "no chunk": lambda b: (b, 0),
+    "small chunks": lambda b: (b, 1),
 }
 
 
@@ -201,10 +202,11 @@ def meshed(launch: Launch) -> list[dict[str, Any]]:
 
 
 def together(said: list[dict[str, Any]], name: str, what: str) -> Tensor:
-    """A tensor of all ranks, ordered by chunks and by ranks within them."""
+    """A tensor of all ranks, ordered by chunks and by ranks within them, without what was added."""
+    length = len(BATCHES[name]()["labels"][0])
     parts = [torch.tensor(rank["cut"][name]["lists"][what]) for rank in said]
     places = torch.cat(_places(said, name))
-    return torch.cat([p for p in parts if p.shape[1]], dim=1)[:, places.argsort()]
+    return torch.cat(parts, dim=1)[:, places.argsort()][:, :length]
 
 
 def _places(said: list[dict[str, Any]], name: str) -> list[Tensor]:
@@ -241,6 +243,9 @@ def test_every_rank_knows_all_documents(said: list[dict[str, Any]], name: str) -
         expected = whole["attention_mask"] - 1
     if name == "packed":
         expected = torch.tensor([[0] * 5 + [1] + [2] * 15] * 2)
+    last = whole["labels"].shape[1] % CHUNK
+    added = len(said) - last if 0 < last < len(said) else 0
+    expected = torch.nn.functional.pad(expected, (0, added), value=-1)
     for rank in said:
         assert rank["cut"][name]["lists"]["fpdt_documents"] == expected.tolist()
 
@@ -276,8 +281,16 @@ def test_without_labels_nothing_is_added(said: list[dict[str, Any]]) -> None:
     assert [rank["no labels"] for rank in said] == [expected] * len(said)
 
 
-def test_a_single_token_is_on_the_first_rank(said: list[dict[str, Any]]) -> None:
-    assert [rank["one token"] for rank in said] == [1] + [0] * (len(said) - 1)
+@pytest.mark.parametrize("name", BATCHES)
+def test_every_rank_has_tokens_of_every_chunk(said: list[dict[str, Any]], name: str) -> None:
+    sizes = [len(rank["cut"][name]["lists"]["attention_mask"][0]) for rank in said]
+    assert min(sizes) >= len(range(0, BATCHES[name]()["labels"].shape[1], CHUNK))
+    assert max(sizes) - min(sizes) <= len(range(0, BATCHES[name]()["labels"].shape[1], CHUNK))
+
+
+def test_a_single_token_is_filled_up(said: list[dict[str, Any]]) -> None:
+    expected = [1, 0] + [-1] * (len(said) - 1)
+    assert [rank["one token"] for rank in said] == [expected] * len(said)
 
 
 @pytest.mark.parametrize(
@@ -307,14 +320,16 @@ def test_ranks_that_differ_all_hear_it(said: list[dict[str, Any]], name: str, wh
     ("name", "what"),
     [
         ("broken", "labels does not fit to 2 sequences of 21 tokens"),
-        ("no chunk", "sequences cannot be cut into chunks of 0 tokens"),
+        ("small chunks", "{} ranks cannot share chunks of 1 tokens"),
     ],
 )
 def test_a_batch_that_one_cannot_read_stops_all(
     said: list[dict[str, Any]], name: str, what: str
 ) -> None:
     heard = [rank["differ"][name][0] for rank in said]
-    assert heard == [f"rank {len(said) - 1} has failed"] * (len(said) - 1) + [what]
+    assert heard == [f"rank {len(said) - 1} has failed"] * (len(said) - 1) + [
+        what.format(len(said))
+    ]
 
 
 def test_groups_with_other_data_count_the_tokens_of_all(meshed: list[dict[str, Any]]) -> None:

@@ -59,6 +59,24 @@ def test_labels_that_are_shifted_stay_as_they_are() -> None:
     assert read.targets.equal(IDS + 1)
 
 
+@pytest.mark.parametrize(
+    ("hidden", "ignored", "learnt"),
+    [((3, 6), (4, 6), 0), ((3, 6), (5, 6), 1), ((0, 3), (0, 0), 0), ((2, 3), (2, 3), 1)],
+)
+def test_padding_that_sees_tokens_predicts_nothing(
+    hidden: tuple[int, int], ignored: tuple[int, int], learnt: int
+) -> None:
+    mask, labels = torch.ones(1, 6), IDS[:1].clone()
+    mask[:, slice(*hidden)] = 0
+    labels[:, slice(*ignored)] = -100
+    whole = {"input_ids": IDS[:1], "labels": labels, "attention_mask": mask}
+    if not learnt:
+        assert read_batch(whole).learnt == int((labels[:, 1:] != -100).sum())
+        return
+    with pytest.raises(DataError, match=f"{learnt} tokens of padding have something to predict"):
+        read_batch(whole)
+
+
 def test_what_runs_along_the_sequence_is_told_from_the_rest() -> None:
     more = {
         "token_type_ids": torch.zeros(2, 6),

@@ -201,7 +201,7 @@ class AgainstWhole(Against):
 
 
 BOOKS = settings(
-    max_examples=60,
+    max_examples=40,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],

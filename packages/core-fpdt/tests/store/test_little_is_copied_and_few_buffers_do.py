@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -11,7 +11,9 @@ import torch
 from core.errors import CoreError
 from core_fpdt.store.buffers import DEPTH
 from core_fpdt.store.contract import Lane
+from core_fpdt.store.simulated import Simulated
 from core_fpdt.store.staged import StagedStore
+from core_fpdt.store.transport import Event, Queue
 
 EDGES = (0, 4, 8, 12, 16, 20, 24)
 CHUNK = torch.arange(32.0).view(1, 4, 8)
@@ -77,6 +79,37 @@ def test_more_readers_than_buffers_get_more_and_give_them_back(
     for index in range(6):
         lane.done(index)
     assert store.on_device() == DEPTH * BYTES
+
+
+def test_a_new_buffer_is_filled_behind_whatever_had_its_memory(
+    make_simulated: Callable[..., StagedStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that an allocator gives out again may still be read by work that is queued."""
+    store = make_simulated()
+    lane = _filled(store)
+    for index in (5, 4, 3):
+        lane.get(index)
+    marks: list[Event] = []
+    waited: list[Event] = []
+    record, wait = Simulated.record, Simulated.wait
+
+    def recorded(self: Simulated, queue: Queue) -> Event:
+        event = record(self, queue)
+        marks.extend([event] if queue is Queue.COMPUTE else [])
+        return event
+
+    def waited_for(self: Simulated, queue: Queue, events: Iterable[Event]) -> None:
+        found = list(events)
+        waited.extend(found if queue is Queue.IN else [])
+        wait(self, queue, found)
+
+    monkeypatch.setattr(Simulated, "record", recorded)
+    monkeypatch.setattr(Simulated, "wait", waited_for)
+    before = store.on_device()
+    lane.prefetch(0)
+    assert store.on_device() == before + BYTES
+    assert len(marks) == 1
+    assert marks[0] in waited
 
 
 def test_adding_to_one_chunk_again_and_again_moves_nothing(

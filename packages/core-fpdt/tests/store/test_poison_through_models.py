@@ -65,8 +65,14 @@ def _run(model: nn.Module, store: Store, **settings: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("order", ["query", "key"])
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize(
+    ("family", "policy"),
+    [
+        *(("llama", policy) for policy in POLICIES),
+        *(("mistral", policy) for policy in POLICIES[1:3]),
+    ],
+    ids=str,
+)
 def test_gradients_are_the_same_bits(
     family: str, policy: dict[str, Any], order: str, poisoning: StagedStore
 ) -> None:

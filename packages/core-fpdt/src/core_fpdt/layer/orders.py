@@ -159,6 +159,8 @@ class KeyOrder(Order):
     as many heads of keys as of queries. Runs what comes before attention twice.
     """
 
+    _arrived = False
+
     def run(self, grad: Tensor, collected: Collected) -> None:
         """Go backwards; see :meth:`QueryOrder.run`."""
         call = self.call
@@ -172,7 +174,8 @@ class KeyOrder(Order):
             collected.add(index, [call.hidden_of(result)], [grad[:, begin:end]], piece, wanted)
             del result
             inputs.done(index)
-        if call.blocks is None:
+        if not self._arrived:
+            # Nothing before attention wants a gradient.
             return
         for index in range(call.count):
             inputs.prefetch(index + 1)
@@ -190,6 +193,7 @@ class KeyOrder(Order):
         self, index: int, grad: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Keep the gradient until the keys that the chunk sees have their turn."""
+        self._arrived = True
         call, row = self.call, self.rows[index]
         saved = self.saved(index, grad)
         call.lane("queries").put(index, row.inputs.query)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,6 +55,18 @@ class Batch:
         return 0 if self.targets is None else int((self.targets != IGNORED).sum())
 
 
+def lengthened(batch: Batch, tokens: int) -> Batch:
+    """Add tokens of padding at the end: no real token sees them, and they predict nothing."""
+    targets = batch.targets
+    return replace(
+        batch,
+        along={name: _padded(tensor, tokens) for name, tensor in batch.along.items()},
+        targets=None if targets is None else _padded(targets, tokens, IGNORED),
+        positions=_padded(batch.positions, tokens),
+        documents=_padded(batch.documents, tokens, -1),
+    )
+
+
 def read_batch(batch: Mapping[str, Any]) -> Batch:
     """Read a batch as a model would that is given all of it.
 
@@ -77,14 +89,23 @@ def read_batch(batch: Mapping[str, Any]) -> Batch:
         positions = torch.arange(length, device=tokens.device).unsqueeze(0)
     others = {n: v for n, v in batch.items() if n not in _PLANNED and n != _COUNT}
     along = {n: v for n, v in others.items() if _runs_along(v, rows, length)}
+    targets = _targets(batch, rows, length)
+    documents = _documents(mask, positions, rows)
+    if targets is not None:
+        _require_no_padding_to_learn(targets, documents)
     return Batch(
         along=along,
         rest={n: v for n, v in others.items() if n not in along},
-        targets=_targets(batch, rows, length),
+        targets=targets,
         positions=positions,
-        documents=_documents(mask, positions, rows),
+        documents=documents,
         count=_count(batch.get(_COUNT)),
     )
+
+
+def _padded(tensor: Tensor, tokens: int, value: int = 0) -> Tensor:
+    within = [0, 0] * (tensor.dim() - 2)
+    return functional.pad(tensor, [*within, 0, tokens], value=value)
 
 
 def _tokens(batch: Mapping[str, Any]) -> Tensor:
@@ -139,6 +160,19 @@ def _documents(mask: Tensor | None, positions: Tensor, rows: int) -> Tensor:
         jumps = positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1
         documents = jumps.cumsum(1, dtype=torch.int32)
     return documents.expand(rows, -1)
+
+
+def _require_no_padding_to_learn(targets: Tensor, documents: Tensor) -> None:
+    """Padding behind a real token sees it in a model of transformers, but nothing on shared sequences."""
+    real = documents >= 0
+    seeing = ~real & (real.cumsum(1) > 0)
+    learnt = int((seeing.to(targets.device) & (targets != IGNORED)).sum())
+    if learnt:
+        raise DataError(
+            f"{learnt} tokens of padding have something to predict",
+            why="ranks that share sequences compute nothing for padding behind real tokens",
+            fix="set labels of padding, and of the token behind it, to -100",
+        )
 
 
 def _count(value: Any) -> float | None:

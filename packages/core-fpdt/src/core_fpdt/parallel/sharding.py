@@ -13,7 +13,7 @@ from torch import Tensor
 
 from core.errors import DataError
 from core_fpdt.layer.sequence import DOCUMENTS
-from core_fpdt.parallel.batches import Batch, read_batch
+from core_fpdt.parallel.batches import Batch, lengthened, read_batch
 from core_fpdt.parallel.mesh import Peers
 from core_fpdt.parallel.placement import Placement
 
@@ -38,20 +38,24 @@ def shard(batch: Mapping[str, Any], chunk: int, peers: Peers) -> dict[str, Any]:
         chunk: tokens in a chunk, over all ranks.
         peers: the ranks.
 
+    Where the last chunk has fewer tokens than there are ranks it is filled up with padding: models
+    cannot be run on no tokens at all.
+
     Returns:
         What the model takes for this rank's tokens: everything that runs along the sequence, cut;
         ``position_ids`` of the whole sequence; an ``attention_mask`` of ones, so that the jumps
         between chunks are not taken for documents; ``labels``, already shifted, also as
         ``shift_labels``, and ``num_items_in_batch``; and ``fpdt_documents``, (B, S) int32 of the whole
-        sequence, -1 at padding.
+        sequence, -1 at padding, also at that which was added.
 
     Raises:
-        DataError: on all ranks, when one cannot read its batch, or the ranks of a group have
-            different ones.
+        DataError: on all ranks, when one cannot read its batch, the ranks of a group have different
+            ones, or a chunk has fewer tokens than there are ranks.
     """
     whole, failure, facts = None, None, [0.0] * len(_COMPARED)
     try:
         whole = read_batch(batch)
+        _require_room(chunk, peers)
         facts = _facts(whole, chunk)
     except Exception as error:
         failure = error
@@ -64,6 +68,9 @@ def shard(batch: Mapping[str, Any], chunk: int, peers: Peers) -> dict[str, Any]:
     _require_same(everyone)
     assert whole is not None
     tokens = max(1.0, float(everyone[:, 0, 2].sum())) / peers.averaged
+    last = whole.length % chunk
+    if 0 < last < peers.size:
+        whole = lengthened(whole, peers.size - last)
     return _cut(whole, Placement.regular(whole.length, chunk, peers.size), peers, tokens)
 
 
@@ -85,10 +92,17 @@ def _cut(whole: Batch, placement: Placement, peers: Peers, tokens: float) -> dic
     return cut
 
 
+def _require_room(chunk: int, peers: Peers) -> None:
+    if chunk < peers.size:
+        raise DataError(
+            f"{peers.size} ranks cannot share chunks of {chunk} tokens",
+            why="each has at least one token of every chunk",
+            fix="set fpdt.chunk_tokens higher, to some thousands",
+        )
+
+
 def _facts(whole: Batch, chunk: int) -> list[float]:
     """What the ranks of a group must have in common, in the order of ``_COMPARED``."""
-    if chunk < 1:
-        raise DataError(f"sequences cannot be cut into chunks of {chunk} tokens")
     others = (whole.along[name] for name in sorted(whole.along))
     digests = [
         _digest(*others, names=sorted([*whole.along, *whole.rest])),

@@ -92,10 +92,20 @@ class Job:
 
     @cached_property
     def offload(self) -> Literal["none", "host", "file"]:
-        """Where chunks wait."""
-        if self.settings.offload != "auto":
-            return self.settings.offload
-        return "none" if self.hardware.name == "cpu" else "host"
+        """Where chunks wait; the host memory of a CPU is where they are anyway."""
+        wanted = self.settings.offload
+        if self.settings.delay is not None:
+            return "host"
+        if self.hardware.name == "cpu":
+            return "file" if wanted == "file" else "none"
+        return "host" if wanted == "auto" else wanted
+
+    @property
+    def staged(self) -> bool:
+        """Whether chunks come back into buffers on the device, instead of being read in place."""
+        if self.settings.delay is not None:
+            return True
+        return self.offload != "none" and self.hardware.name != "cpu"
 
     @cached_property
     def order(self) -> Literal["query", "key"]:

@@ -18,8 +18,8 @@ _COPIES = 4
 """Tensors of the size of a piece of the logits that exist at once."""
 _JOINED = 16
 """Most chunks of keys that one call goes over, where they lie behind each other."""
-_BUFFERS = 2
-"""Chunks of a lane on the device at once: the one that is used, and the next."""
+_BUFFERS = 3
+"""Chunks of a lane on the device at once: one is read, one is filled, one is written back."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,16 @@ def _kept(job: Job, moment: str) -> dict[str, float]:
     queries, keys = job.query_width, 2 * job.key_width
     lse = _FLOAT * queries / shape.head_dim
     kept_keys = shape.layers if job.settings.keep_keys else int(moment != "loss")
+    # What is read in place lies in one piece, made for all tokens.
+    outputs = job.kept if job.staged else float(job.kept > 0)
     if job.order == "query":
         sums = whole * keys * _FLOAT
     else:
         # Queries, gradients of outputs and float32 gradients of queries; outputs where not kept.
-        sums = whole * queries * (2 * b + _FLOAT) + (1 - job.kept) * whole * (queries * b + lse)
+        sums = whole * queries * (2 * b + _FLOAT) + (1 - outputs) * whole * (queries * b + lse)
     return {
         "layer inputs": shape.layers * local * shape.hidden * b,
-        "attention outputs": shape.layers * job.kept * whole * (queries * b + lse),
+        "attention outputs": shape.layers * outputs * whole * (queries * b + lse),
         "keys and values": kept_keys * whole * keys * b,
         "sums of a layer": sums if moment.startswith("backward") else 0.0,
     }
@@ -114,28 +116,36 @@ def _states(job: Job, on: str) -> dict[str, float]:
 
 def _moments(job: Job) -> dict[str, dict[str, float]]:
     """Activations and buffers by moment."""
-    # The last chunk of a lane may be short; the fullest moment is with a full one.
     stream = job.local * job.shape.hidden * job.element
-    always = {"rotary tables": 2 * job.local * job.shape.head_dim * job.element}
-    always |= {"gathered weights": _gathered(job)}
-    layer = {**always, "residual stream": 2 * stream}
-    back = {**layer, "gradients of a layer": _layer_gradients(job)}
-    exchange = _exchange(job)
+    always = {
+        "rotary tables": 0.0
+        if job.shape.positions
+        else 2 * job.local * job.shape.head_dim * job.element,
+        "gathered weights": _gathered(job),
+        "buffers": _buffers(job, backward=False),
+    }
+    ahead = {**always, "residual stream": 2 * stream}
+    back = {**ahead, "buffers": _buffers(job, backward=True)}
+    shape, b = job.shape, job.element
+    first = shape.hidden * shape.intermediate * shape.experts * b
     return {
         "forward, attention": {
-            **layer,
+            **ahead,
             "chunk": _forward_attention(job),
-            "buffers": _buffers(job, backward=False),
-            "exchange": exchange,
+            "exchange": _exchange(job),
         },
-        "forward, feed-forward": {**layer, "chunk": _forward_mlp(job)},
+        "forward, feed-forward": {**ahead, "chunk": _forward_mlp(job)},
         "loss": {**always, "residual stream": 3 * stream, "loss": _loss(job)},
-        "backward, feed-forward": {**back, "chunk": _backward_mlp(job)},
+        "backward, feed-forward": {
+            **back,
+            "gradients of a layer": shape.layer_parameters * _FLOAT + first,
+            "chunk": _backward_mlp(job),
+        },
         "backward, attention": {
             **back,
+            "gradients of a layer": shape.layer_parameters * (_FLOAT + b),
             "chunk": _backward_attention(job),
-            "buffers": _buffers(job, backward=True),
-            "exchange": exchange,
+            "exchange": _exchange(job),
         },
     }
 
@@ -147,11 +157,6 @@ def _gathered(job: Job) -> float:
     shape = job.shape
     tables = shape.parameters - shape.layers * shape.layer_parameters
     return (2 * shape.layer_parameters + tables) * job.element
-
-
-def _layer_gradients(job: Job) -> float:
-    """Sums in float32, and what one chunk adds to them."""
-    return job.shape.layer_parameters * (_FLOAT + job.element)
 
 
 def _qkv(job: Job) -> float:
@@ -186,34 +191,43 @@ def _forward_mlp(job: Job) -> float:
 
 
 def _backward_mlp(job: Job) -> float:
-    # Gate, its activation, and what it multiplies; each with its gradient.
-    inner = 6 if job.shape.gated else 3
-    output = job.chunk * job.query_width * job.element
-    return 2 * _norm(job) + 2 * _hidden(job) + _qkv(job) + output + inner * _inner(job)
+    # Gate, its activation, and what it multiplies; each with its gradient. GPT-2's activation is made
+    # of elementary steps, which are kept.
+    inner = 6 if job.shape.gated else 7
+    return 2 * _norm(job) + 2 * _hidden(job) + _qkv(job) + _output(job) + inner * _inner(job)
 
 
 def _backward_attention(job: Job) -> float:
-    output = job.chunk * job.query_width * job.element
-    total = job.chunk * job.query_width * _FLOAT
+    queries = job.chunk * job.query_width
     added = _qkv(job)
-    if job.offload == "none" or (job.offload == "file" and job.hardware.name == "cpu"):
+    if not job.staged:
         joined = min(_JOINED, max(1, job.chunks - 1))
         added += (joined - 1) * 2 * job.chunk * job.key_width * job.element
-    return _norm(job) + 2 * _hidden(job) + _qkv(job) + 2 * output + total + added
+    # The gradient of the output, and the sum of those of the queries.
+    total = queries * (job.element + _FLOAT)
+    return _norm(job) + 2 * _hidden(job) + _qkv(job) + _output(job) + total + added
+
+
+def _output(job: Job) -> float:
+    """What attention gave for a chunk, unless it is read where it waits."""
+    in_place = job.kept == 1 and not job.staged
+    return 0.0 if in_place else job.chunk * job.query_width * job.element
 
 
 def _buffers(job: Job, *, backward: bool) -> float:
-    """Chunks that come from the host while others are used."""
-    if job.offload == "none" or job.hardware.name == "cpu":
+    """Chunks of every lane on their way to the host or back."""
+    if not job.staged:
         return 0.0
     b, c = job.element, job.chunk
     keys, queries = 2 * job.key_width, job.query_width
-    if not backward:
-        return _BUFFERS * c * keys * b
-    inputs = _BUFFERS * _hidden(job)
-    if job.order == "query":
-        return inputs + _BUFFERS * c * (keys * (b + _FLOAT) + queries * b)
-    return inputs + _BUFFERS * c * queries * (3 * b + _FLOAT) + c * keys * (b + _FLOAT)
+    output = c * (queries * b + _FLOAT * queries / job.shape.head_dim)
+    lanes = _hidden(job) + c * keys * b + output * (job.settings.keep_output > 0)
+    if backward and job.order == "query":
+        lanes += c * keys * _FLOAT
+    elif backward:
+        # Queries, gradients of outputs, and float32 gradients of queries.
+        lanes += c * queries * (2 * b + _FLOAT)
+    return _BUFFERS * lanes
 
 
 def _exchange(job: Job) -> float:
@@ -223,8 +237,11 @@ def _exchange(job: Job) -> float:
 
 def _loss(job: Job) -> float:
     """A piece of the logits with its gradient, and the head's gradient in float32."""
-    everything = job.local * job.shape.vocabulary * _FLOAT * _COPIES
-    return min(everything, job.settings.loss_chunk_bytes) + job.shape.head_parameters * _FLOAT
+    logits = job.local * job.shape.vocabulary * _FLOAT
+    if logits * _COPIES <= job.settings.loss_chunk_bytes:
+        # Few enough for the model's own loss: three copies, and those of 16 bits.
+        return logits * 3 + logits / _FLOAT * (job.element % _FLOAT)
+    return job.settings.loss_chunk_bytes + job.shape.head_parameters * _FLOAT
 
 
 _STATES = ("weights", "gradients", "optimizer")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from core_fpdt.store.transport import Area, Transport
+from core_fpdt.store.transport import Area, Queue, Transport
 
 DEPTH = 3
 """Buffers of a kind: one is read, one is filled, one is written back."""
@@ -93,6 +93,8 @@ class Buffers:
         # A buffer that is made while generating serves training later.
         with torch.inference_mode(False):
             area = Area(self._transport.buffer(kind[1]))
+        # Work that had this memory before may still be queued, and copies run beside it.
+        area.was_written(self._transport.record(Queue.COMPUTE))
         shelf.count += 1
         return area
 

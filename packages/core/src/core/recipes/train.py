@@ -113,9 +113,10 @@ def loss_of(model: nn.Module, ids: Tensor, run: Run, wanted: TrainSettings) -> T
     """
     ids = ids.to(run.device)
     batch = run.apply(BATCH, {"input_ids": ids, "labels": ids})
-    if wanted.sequence_ranks > 1 and batch["input_ids"].shape == ids.shape:
+    sharing = run.ranks.sequence_ranks
+    if sharing > 1 and batch["input_ids"].shape == ids.shape:
         raise DataError(
-            f"train.sequence_ranks = {wanted.sequence_ranks}, but no transform cuts sequences",
+            f"train.sequence_ranks = {sharing}, but no transform cuts sequences",
             why=f"the plan is: {', '.join(run.plan.ids) or 'no transforms'}",
             fix="enable a plugin for sequence parallelism, or set train.sequence_ranks = 1",
         )
