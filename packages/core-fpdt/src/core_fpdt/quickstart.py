@@ -27,7 +27,7 @@ TIMES = 8
 CHUNK = 256
 STEPS = 3
 _LOSS_CHUNK = 2 * 2**20
-_RATE = 1e-3
+_RATE = 3e-4
 _TOLERANCE = 1e-4
 
 

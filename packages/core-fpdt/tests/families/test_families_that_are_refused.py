@@ -41,12 +41,25 @@ REFUSED: Mapping[str, tuple[str, Mapping[str, Any], str, str]] = {
     "bamba": ("Bamba", {**MAMBA, "attn_layer_indices": [1]}, "BambaDecoderLayer", RECURRENT),
     "bloom": ("Bloom", {"n_layer": 2, "n_head": 4}, "BloomModel", OWN_ATTENTION),
     "diffllama": ("DiffLlama", {}, "DiffLlamaDecoderLayer", "attends more than once"),
-    "doge": ("Doge", {"num_experts": 4}, "DogeDecoderLayer", "fails in chunks"),
+    "doge": ("Doge", {"num_experts": 4}, "DogeDecoderLayer", "reads its mask by itself"),
     "falcon_h1": (
         "FalconH1",
         {**MAMBA, "mamba_d_ssm": 64, "mamba_n_groups": 1},
         "FalconH1DecoderLayer",
         RECURRENT,
+    ),
+    "gemma3n": (
+        "Gemma3nText",
+        {
+            **GEMMA,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "num_kv_shared_layers": 0,
+            "laurel_rank": 4,
+            "activation_sparsity_pattern": None,
+            "altup_num_inputs": 2,
+        },
+        "Gemma3nTextDecoderLayer",
+        "takes no (batch, tokens, width)",
     ),
     "gemma4 with shared keys": (
         "Gemma4Text",
@@ -58,7 +71,7 @@ REFUSED: Mapping[str, tuple[str, Mapping[str, Any], str, str]] = {
             "layer_types": ["sliding_attention", "full_attention"] * 2,
         },
         "Gemma4TextDecoderLayer",
-        "fails in chunks",
+        "reads its mask by itself",
     ),
     "gpt_j": ("GPTJ", {}, "GPTJModel", OWN_ATTENTION),
     "jamba": (
