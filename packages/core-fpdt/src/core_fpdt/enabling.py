@@ -24,6 +24,7 @@ from core_fpdt.kernels.choosing import choose
 from core_fpdt.layer.attention import NAME, register
 from core_fpdt.layer.runner import Runner
 from core_fpdt.layer.sequence import DOCUMENTS, sequence_in_force
+from core_fpdt.layer.tracing import untraced
 from core_fpdt.loss.head import replace_head
 from core_fpdt.loss.tiles import feed_forward, final_norm, tile
 from core_fpdt.parallel.mesh import Peers, peers_of
@@ -197,6 +198,7 @@ def _sequences(model: nn.Module, *, shared: bool) -> Callable[[], None]:
     """Take the ids of documents out of batches, and put them in force for the model's masks."""
     entered: list[ExitStack] = []
 
+    @untraced
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if kwargs.get("output_router_logits"):
             why = "router logits of chunks have no gradient (output_router_logits)"
@@ -211,6 +213,7 @@ def _sequences(model: nn.Module, *, shared: bool) -> Callable[[], None]:
         entered.append(stack)
         return args, kwargs
 
+    @untraced
     def after(*_: Any) -> None:
         if entered:
             entered.pop().close()

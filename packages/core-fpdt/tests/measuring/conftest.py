@@ -16,7 +16,6 @@ from core_fpdt.measuring import Meter, hosted
 from core_fpdt.store import making
 
 
-
 class Steps:
     """Meters forward and backward passes of one model."""
 

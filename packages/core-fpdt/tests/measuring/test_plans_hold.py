@@ -30,7 +30,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"keep_keys": False},
     {"order": "key"},
     {"order": "key", "keep_output": 0.0, "keep_keys": False},
-    {"chunk_tokens": 32},
+    {"chunk_tokens": 64},
     {"chunk_tokens": 4096},
     {"mlp_chunks": 4},
     {"loss_chunk_bytes": 2**24},

@@ -91,9 +91,7 @@ def test_the_order_moves_less() -> None:
 @pytest.mark.parametrize("window", [0, 1, 5, 20, 30])
 def test_pairs_are_counted(window: int) -> None:
     tokens = 20
-    counted = sum(
-        1 for q in range(tokens) for k in range(q + 1) if not window or q - k < window
-    )
+    counted = sum(1 for q in range(tokens) for k in range(q + 1) if not window or q - k < window)
     assert pairs(tokens, window) == counted
 
 

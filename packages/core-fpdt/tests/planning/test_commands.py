@@ -26,7 +26,12 @@ def run(*arguments: str) -> Result:
 def test_the_headline_as_a_table() -> None:
     said = run("plan", *HEADLINE, "--host", "1TiB")
     assert said.exit_code == 0, said.output
-    for text in ("fits             yes", "then the host is full", "residual stream", "by model FLOPs"):
+    for text in (
+        "fits             yes",
+        "then the host is full",
+        "residual stream",
+        "by model FLOPs",
+    ):
         assert text in said.output
 
 
@@ -53,7 +58,14 @@ def test_settings_are_heeded() -> None:
     arguments = ("--host", "1TiB", "--json", "--set", "fpdt.chunk_tokens=65536")
     found = json.loads(run("plan", *HEADLINE, *arguments).output)
     assert found["chunk_tokens"] == 65536
-    more = ("--set", "fpdt.keep_output=0", "--set", "fpdt.order=key", "--set", "fpdt.keep_keys=false")
+    more = (
+        "--set",
+        "fpdt.keep_output=0",
+        "--set",
+        "fpdt.order=key",
+        "--set",
+        "fpdt.keep_keys=false",
+    )
     found = json.loads(run("plan", *HEADLINE, *arguments, *more).output)
     assert (found["keep_output"], found["order"], found["keep_keys"]) == (0, "key", False)
 
@@ -92,7 +104,10 @@ def test_a_picture(tmp_path: Path, suffix: str) -> None:
             ("--model", "llama-3-8b", "--sequence", "2M", "--plot", "plan.bmp"),
             "no picture can be drawn into plan.bmp",
         ),
-        (("--model", "llama-3-8b", "--sequence", "2M", "--gpus", "0"), "Invalid value for '--gpus'"),
+        (
+            ("--model", "llama-3-8b", "--sequence", "2M", "--gpus", "0"),
+            "Invalid value for '--gpus'",
+        ),
     ],
 )
 def test_wrong_input_is_one_clear_error(

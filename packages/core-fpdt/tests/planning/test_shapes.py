@@ -11,8 +11,8 @@ import transformers
 
 from core.errors import ModelError, SettingsError
 from core_fpdt.planning import SHAPES, plan
-from core_fpdt.planning.job import Job
 from core_fpdt.planning.hardware import hardware
+from core_fpdt.planning.job import Job
 from core_fpdt.planning.shape import from_config, from_name
 from core_fpdt.planning.units import parse_bytes, parse_tokens
 

@@ -124,6 +124,18 @@ def test_adding_to_one_chunk_again_and_again_moves_nothing(
     assert (store.counters.put, store.counters.fetched, store.used()) == (0, 0, 0)
 
 
+def test_sums_of_chunks_that_come_and_go(poisoning: StagedStore) -> None:
+    lane = poisoning.lane("gradients", EDGES, dim=1, dtype=torch.float32)
+    for _ in range(4):
+        for index in range(6):
+            lane.prefetch(index)
+            lane.add(index, CHUNK + index)
+    assert poisoning.counters.fetched > 0
+    for index in range(6):
+        assert torch.equal(lane.get(index), 4 * (CHUNK + index))
+        lane.done(index)
+
+
 def test_sums_are_in_the_dtype_of_the_lane(make_simulated: Callable[..., StagedStore]) -> None:
     lane = make_simulated().lane("gradients", EDGES, dim=1, dtype=torch.float32)
     small = torch.full((1, 4, 8), 2.0**-9, dtype=torch.bfloat16)

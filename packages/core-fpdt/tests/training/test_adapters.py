@@ -64,4 +64,4 @@ def test_adapters_that_are_merged_while_chunks_are_on() -> None:
         with model.disable_adapter():
             without = model(**batch).loss
     assert torch.allclose(after, before, rtol=1e-4)
-    assert not torch.allclose(without, before, rtol=1e-2)
+    assert not torch.allclose(without, before, rtol=1e-3)

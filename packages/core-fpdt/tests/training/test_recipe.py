@@ -35,7 +35,7 @@ FPDT = {"chunk_tokens": 16, "loss_chunk_bytes": 64 * 1024}
 def trained(folder: Path, enabled: bool, **changes: Any) -> list[dict[str, float]]:
     chosen: dict[str, Any] = {"enable": ["fpdt"], "fpdt": FPDT} if enabled else {}
     with make_run(folder, plugins=discover(), train=TINY | changes, **chosen) as run:
-        assert run.plan.ids == (["fpdt.chunks", "fpdt.share"] if enabled else [])
+        assert set(run.plan.ids) == ({"fpdt.chunks", "fpdt.share"} if enabled else set())
         train_model(run)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
@@ -49,9 +49,10 @@ def test_losses_are_those_of_the_plain_run(changes: Any, tmp_path: Path) -> None
     assert plain[0]["loss"] != pytest.approx(plain[-1]["loss"], rel=1e-2)
     for mine, theirs in zip(ours, plain, strict=True):
         assert mine.keys() == theirs.keys()
-        for name in ("loss", "held_out", "held_out_loss", "gradient"):
+        # Muon multiplies differences of rounding: 1e-4 where losses agree to 1e-6.
+        for name, limit in {"loss": 1e-4, "held_out": 1e-4, "gradient": 1e-3}.items():
             if name in theirs:
-                assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
+                assert mine[name] == pytest.approx(theirs[name], rel=limit), name
 
 
 def test_bfloat16(tmp_path: Path) -> None:
@@ -61,27 +62,29 @@ def test_bfloat16(tmp_path: Path) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that is made."""
+    """The bytes of the largest tensor that is made."""
 
-    elements = 0
+    bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         made = result if isinstance(result, tuple | list) else [result]
         for value in made:
-            if isinstance(value, Tensor):
-                self.elements = max(self.elements, value.numel())
+            if isinstance(value, Tensor) and not value.is_meta:
+                self.bytes = max(self.bytes, value.numel() * value.itemsize)
         return result
 
 
 def test_evaluation_of_a_long_sequence_stays_in_chunks(tmp_path: Path) -> None:
     length = 512
     model = tiny.llama(max_position_embeddings=length)
-    text = torch.randint(1, tiny.VOCABULARY, (2, length), generator=torch.Generator().manual_seed(0))
+    text = torch.randint(
+        1, tiny.VOCABULARY, (2, length), generator=torch.Generator().manual_seed(0)
+    )
     with make_run(tmp_path / "run") as run:
         plain = evaluate(model, text, run, TrainSettings())
         with enable(model, chunk_tokens=64, loss_chunk_bytes=32 * 1024), Largest() as largest:
             found = evaluate(model, text, run, TrainSettings())
     assert found == pytest.approx(plain, rel=1e-6)
     # Neither logits (2 * 512 * 96) nor hidden states between projections of the feed-forward part.
-    assert largest.elements <= 2 * length * 32
+    assert largest.bytes <= 2 * length * 32 * 4

@@ -23,6 +23,7 @@ from core_fpdt.layer.function import run_in_chunks
 from core_fpdt.layer.needing import Needed
 from core_fpdt.layer.sequence import documents_in_force
 from core_fpdt.layer.slicing import Arguments
+from core_fpdt.layer.tracing import untraced
 from core_fpdt.masks.lazy import LazyMask, edges
 from core_fpdt.parallel.placement import Placement
 from core_fpdt.parallel.shared import Shared
@@ -70,6 +71,7 @@ class Runner:
         # A copied model has chunks of its own, and shares what keeps them.
         return self
 
+    @untraced
     def __call__(self, run: partial[Any], *args: Any) -> Any:
         """Run a layer.
 
@@ -196,8 +198,6 @@ class Runner:
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Any]]:
         what = f"{type(layer).__name__} cannot be run in chunks"
-        if torch.compiler.is_compiling():
-            raise ModelError(what, why="it is being compiled", fix="enable a model that is not")
         if not args or not isinstance(args[0], Tensor) or args[0].dim() != 3:
             raise ModelError(what, why="its first argument is not (batch, tokens, width)")
         if kwargs.get("output_router_logits"):

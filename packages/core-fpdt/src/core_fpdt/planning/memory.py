@@ -128,6 +128,8 @@ def _moments(job: Job) -> dict[str, dict[str, float]]:
     back = {**ahead, "buffers": _buffers(job, backward=True)}
     shape, b = job.shape, job.element
     first = shape.hidden * shape.intermediate * shape.experts * b
+    # The sums are made when the first chunk is through.
+    sums = shape.layer_parameters * _FLOAT * (job.chunks > 1)
     return {
         "forward, attention": {
             **ahead,
@@ -138,12 +140,12 @@ def _moments(job: Job) -> dict[str, dict[str, float]]:
         "loss": {**always, "residual stream": 3 * stream, "loss": _loss(job)},
         "backward, feed-forward": {
             **back,
-            "gradients of a layer": shape.layer_parameters * _FLOAT + first,
+            "gradients of a layer": sums + first,
             "chunk": _backward_mlp(job),
         },
         "backward, attention": {
             **back,
-            "gradients of a layer": shape.layer_parameters * (_FLOAT + b),
+            "gradients of a layer": sums + shape.layer_parameters * b,
             "chunk": _backward_attention(job),
             "exchange": _exchange(job),
         },
