@@ -31,12 +31,15 @@ SMALL = {
 @pytest.fixture(name="trained")
 def _trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A run of the quickstart up to this step, with sequences as small as its model."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors are too small here for more
     monkeypatch.setattr(quickstart, "SHORT", 128)
     monkeypatch.setattr(quickstart, "CHUNK", 64)
     monkeypatch.setattr(quickstart, "_LOSS_CHUNK", 64 * 1024)
     with make_run(tmp_path / "run", plugins=discover(), train=SMALL) as run:
         trained = train_model(run)
         yield run, Tour(trained.model, trained.data, run.folder, trained.metrics)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(name="step")

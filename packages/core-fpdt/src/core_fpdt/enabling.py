@@ -143,7 +143,7 @@ def enable(
         undo.callback(replace_head(model, wanted))
         if probing is not None:
             probing.require_same(runner)
-        undo.callback(_sequences(model, shared=peers is not None))
+        undo.callback(_sequences(model, runner))
         return Enabled(model, wanted, peers, runner, undo.pop_all().close)
 
 
@@ -194,7 +194,7 @@ def _feed_forward(layer: nn.Module) -> nn.Module:
     return found
 
 
-def _sequences(model: nn.Module, *, shared: bool) -> Callable[[], None]:
+def _sequences(model: nn.Module, runner: Runner) -> Callable[[], None]:
     """Take the ids of documents out of batches, and put them in force for the model's masks."""
     entered: list[ExitStack] = []
 
@@ -204,10 +204,15 @@ def _sequences(model: nn.Module, *, shared: bool) -> Callable[[], None]:
             why = "router logits of chunks have no gradient (output_router_logits)"
             raise ModelError("router logits are asked for", why=why, fix="do not ask for them")
         documents = kwargs.pop(DOCUMENTS, None)
-        if shared and documents is None and module.training:
+        if runner.group is not None and documents is None and module.training:
             why = f"it has no {DOCUMENTS}"
             fix = "pass it through shard() of what enable() returned"
             raise ModelError("this batch is not cut for the ranks", why=why, fix=fix)
+        if documents is not None and runner.joins_documents and bool((documents > 0).any()):
+            why = "its masks do not heed position ids, so that on one rank these see each other"
+            fix = "give one document in a row"
+            name = type(module).__name__
+            raise ModelError(f"{name} cannot share packed documents", why=why, fix=fix)
         stack = ExitStack()
         stack.enter_context(sequence_in_force(documents))
         entered.append(stack)

@@ -8,7 +8,7 @@ anything is trained, with padding and with packed documents.
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +30,7 @@ from core.equivalence import (
 from core.errors import CoreError, ModelError
 from core_fpdt.layer.attention import NAME
 from core_fpdt.masks.lazy import LazyMask
+from core_fpdt.masks.tiles import Kind
 
 if TYPE_CHECKING:
     from core_fpdt.layer.runner import Runner
@@ -160,6 +161,8 @@ class Probing:
                 except Exception as error:
                     reasons = dict.fromkeys(self._layers, _failure(error))
                     break
+                if "position_ids" in batch:
+                    runner.joins_documents = _joins(captured.values(), batch["position_ids"])
                 with _calm(self._model):
                     for index in self._layers:
                         found = self._compare(index, number, captured[index], runner)
@@ -199,6 +202,15 @@ class Probing:
             except Exception as error:
                 return _failure(error)
         return _difference(whole, found)
+
+
+def _joins(captured: Iterable[Captured], places: Tensor) -> bool:
+    """Whether a mask lets the second of two packed documents see the end of the first one."""
+    begin = int((places[0] == 0).nonzero()[-1])
+    leaves = (leaf for one in captured for leaf in pytree.tree_leaves(one))
+    masks = [leaf for leaf in leaves if isinstance(leaf, LazyMask)]
+    ends = (begin, begin + 1), (begin - 1, begin)
+    return any(mask.tile(*ends).kind is not Kind.EMPTY for mask in masks)
 
 
 def _failure(error: Exception) -> str:

@@ -95,3 +95,9 @@ def test_a_policy_of_positions_is_heeded() -> None:
             weight = model.model.layers[0].self_attn.k_proj.weight
             torch.testing.assert_close(torch.autograd.grad(found, [weight])[0], gradient)
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(("family", "joins"), [("Llama", False), ("GptOss", True)])
+def test_models_whose_masks_ignore_packed_documents_are_known(family: str, joins: bool) -> None:
+    with enable(tiny.build(family)) as enabled:
+        assert enabled.runner.joins_documents is joins

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from core.testing import tiny
@@ -33,6 +34,15 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
 }
 SMALL = 16 * 1024
 """Bytes for logits: 10 tokens of a tiny model at a time, of which a batch has 48."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors are too small here for more than one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -47,7 +47,7 @@ def test_layers_alone_cost_less_too(steps: Any) -> None:
     plain = per_token(lambda n: model.plain(n).peak, 256, 512)
     checkpointed = per_token(lambda n: model.checkpointed(n).peak, 256, 512)
     assert plain / ours >= 16
-    assert checkpointed / ours >= 4
+    assert checkpointed / ours >= 6
 
 
 def test_chunks_that_are_not_moved_cost_what_is_kept(steps: Any) -> None:

@@ -211,7 +211,7 @@ def test_advice_helps() -> None:
 def test_advice_of_more_devices() -> None:
     found = plan("llama-3-70b", 4 * M, 4, PAPER)
     assert not fitted(found).fits
-    assert any(line.startswith("16 devices") or line.startswith("32") for line in found.advice)
+    assert any(line.startswith(("16 devices", "32 devices")) for line in found.advice)
 
 
 def test_advice_of_larger_chunks() -> None:
@@ -248,3 +248,10 @@ def test_a_chunk_longer_than_the_sequence_is_the_sequence() -> None:
     assert found.job.chunk == 1000
     assert found.job.chunks == 1
     assert found.fits
+
+
+def test_states_that_fill_the_host_are_planned() -> None:
+    tiny = PAPER.changed(host=2.0**30)
+    found = fitted(plan("llama-3-8b", M, 4, tiny, settings(offload="none"), states="host"))
+    assert not found.fits
+    assert found.longest == 0

@@ -47,6 +47,9 @@ class Runner:
         budget: what chunks may take; ``None`` where they stay on the device.
         kernels: what computes blocks of attention.
         group: the ranks that share each sequence.
+
+    Attributes:
+        joins_documents: the model's own masks let packed documents see each other.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Runner:
         self._keeping = Keeping(settings.keep_output, settings.keep_keys, settings.order)
         self._evaluated: WeakSet[nn.Module] = WeakSet()
         self.budget = budget
+        self.joins_documents = False
         self._layers = self._longest = self._length = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runner:

@@ -33,13 +33,16 @@ def shard(batch: Mapping[str, Any], chunk: int, peers: Peers) -> dict[str, Any]:
     one rank; otherwise tokens are counted here, over all ranks that average their gradients. A batch
     in which nothing has a label has the loss 0.
 
+    Positions count from 0 in every row unless the batch has ``position_ids``. A family that counts them
+    from the attention mask instead (OPT, BioGPT) has to be given them with padding on the left.
+
+    Where the last chunk has fewer tokens than there are ranks it is filled up with padding: models
+    cannot be run on no tokens at all.
+
     Args:
         batch: named tensors of whole sequences; see :func:`read_batch`.
         chunk: tokens in a chunk, over all ranks.
         peers: the ranks.
-
-    Where the last chunk has fewer tokens than there are ranks it is filled up with padding: models
-    cannot be run on no tokens at all.
 
     Returns:
         What the model takes for this rank's tokens: everything that runs along the sequence, cut;
