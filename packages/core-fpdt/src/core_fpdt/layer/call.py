@@ -110,7 +110,8 @@ class LayerCall:
             local = name == "inputs"
             edges = self.sharing.local_edges if local else self.sharing.edges
             dtype = self.accumulator if precise else None
-            self._lanes[name] = self._store.lane(name, edges, dim=dim, dtype=dtype, whole=not local)
+            whole = "keys" in name or "values" in name or precise
+            self._lanes[name] = self._store.lane(name, edges, dim=dim, dtype=dtype, whole=whole)
         return self._lanes[name]
 
     @property
@@ -233,7 +234,8 @@ class LayerCall:
             try:
                 return self._run(index, attending, hidden, args, kwargs), wanted
             except Reached as reached:
-                return reached, wanted
+                # Its frames hold the graph, and one of them holds it.
+                return reached.with_traceback(None), wanted
 
     def _run(
         self,

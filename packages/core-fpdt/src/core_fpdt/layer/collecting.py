@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from core_fpdt.layer.call import LayerCall
+from core_fpdt.layer.graphs import unhooked
 from core_fpdt.layer.slicing import Sums
 
 
@@ -62,7 +60,7 @@ class Collected:
         if self._hidden is not None:
             inputs.insert(0, piece)
         ends, grads = [output for output, _ in pairs], [grad for _, grad in pairs]
-        with _unhooked(self._parameters):
+        with unhooked(self._parameters):
             found: list[Tensor | None] = list(
                 torch.autograd.grad(ends, inputs, grads, allow_unused=True)
             )
@@ -82,17 +80,3 @@ class Collected:
     def take(self) -> list[Tensor | None]:
         """Gradients of the hidden states, of the arguments and of the parameters."""
         return [self._hidden, *self._sums.take()]
-
-
-@contextmanager
-def _unhooked(parameters: Sequence[Tensor]) -> Generator[None]:
-    """Take the hooks off parameters: theirs is the whole gradient, not that of a chunk."""
-    tables: list[dict[int, Any]] = [getattr(p, "_backward_hooks", None) or {} for p in parameters]
-    hooked = [(table, dict(table)) for table in tables if table]
-    for live, _ in hooked:
-        live.clear()
-    try:
-        yield
-    finally:
-        for live, hooks in hooked:
-            live.update(hooks)

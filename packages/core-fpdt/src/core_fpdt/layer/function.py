@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from core.errors import ModelError
 from core_fpdt.layer.call import LayerCall
 from core_fpdt.layer.collecting import Collected
+from core_fpdt.layer.graphs import refuse_graph
 from core_fpdt.layer.orders import KeyOrder, QueryOrder
 
 
@@ -58,10 +58,10 @@ class _Chunked(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Any, ...]:
+        refuse_graph("a layer in chunks")
         call: LayerCall | None = ctx.call
         if call is None:
             why = "what it kept was given back in the first one"

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from core.errors import ModelError
 from core_fpdt.kernels.contract import Gradients
@@ -264,7 +263,6 @@ class _Replaced(torch.autograd.Function):
         return order.restore(index, Inputs(query, key, value, scores, sinks))
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Any, ...]:

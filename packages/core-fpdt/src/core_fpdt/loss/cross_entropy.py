@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import ModelError
+from core_fpdt.layer.graphs import refuse_graph
 from core_fpdt.loss.projection import Projection
 
 Reduction = Literal["mean", "sum", "none"]
@@ -200,19 +201,6 @@ def _dtype_of_loss(projection: Projection, device: torch.device) -> torch.dtype:
     example = torch.zeros(1, projection.vocabulary, dtype=projection.compute, device=device)
     target = torch.zeros(1, dtype=torch.int64, device=device)
     return nn.functional.cross_entropy(projection.finish(example), target).dtype
-
-
-def refuse_graph(what: str) -> None:
-    """Refuse, in a backward pass, to become part of a graph: ``create_graph`` was asked for.
-
-    PyTorch's ``once_differentiable`` would let second derivatives go missing without a word.
-
-    Raises:
-        ModelError: where gradients of gradients are wanted.
-    """
-    if torch.is_grad_enabled():
-        fix = "leave create_graph out, or compute this part without core-fpdt"
-        raise ModelError(f"gradients of gradients are not available through {what}", fix=fix)
 
 
 def pieces(length: int, size: int) -> Iterator[slice]:

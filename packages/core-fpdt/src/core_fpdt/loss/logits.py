@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from core.errors import ModelError
-from core_fpdt.loss.cross_entropy import Rules, chunked_cross_entropy, refuse_graph
+from core_fpdt.layer.graphs import refuse_graph
+from core_fpdt.loss.cross_entropy import Rules, chunked_cross_entropy
 from core_fpdt.loss.recording import Recipe, after, shares
 
 _PROPERTIES = frozenset(

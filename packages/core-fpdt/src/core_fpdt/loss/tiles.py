@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from core.equivalence import decoder
 from core.errors import ModelError
+from core_fpdt.layer.graphs import refuse_graph
 from core_fpdt.layer.replaying import Conditions, random_state, replayed
 from core_fpdt.layer.slicing import Sums
-from core_fpdt.loss.cross_entropy import pieces as pieces_of, refuse_graph
+from core_fpdt.loss.cross_entropy import pieces as pieces_of
 
 _FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|moe|experts", re.IGNORECASE)
 

@@ -90,8 +90,9 @@ def _kept(job: Job, moment: str) -> dict[str, float]:
     queries, keys = job.query_width, 2 * job.key_width
     lse = _FLOAT * queries / shape.head_dim
     kept_keys = shape.layers if job.settings.keep_keys else int(moment != "loss")
-    # What is read in place lies in one piece, made for all tokens.
-    outputs = job.kept if job.staged else float(job.kept > 0)
+    # In a file that is mapped, a lane has room for all tokens.
+    mapped = job.offload == "file" and not job.staged
+    outputs = float(job.kept > 0) if mapped else job.kept
     if job.order == "query":
         sums = whole * keys * _FLOAT
     else:
