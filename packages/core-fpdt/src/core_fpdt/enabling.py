@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -194,9 +195,16 @@ def _feed_forward(layer: nn.Module) -> nn.Module:
     return found
 
 
+class _Entered(threading.local):
+    """What was put in force by calls of a model that have not returned, in each thread."""
+
+    def __init__(self) -> None:
+        self.stacks: list[ExitStack] = []
+
+
 def _sequences(model: nn.Module, runner: Runner) -> Callable[[], None]:
     """Take the ids of documents out of batches, and put them in force for the model's masks."""
-    entered: list[ExitStack] = []
+    entered = _Entered()
 
     @untraced
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -215,13 +223,13 @@ def _sequences(model: nn.Module, runner: Runner) -> Callable[[], None]:
             raise ModelError(f"{name} cannot share packed documents", why=why, fix=fix)
         stack = ExitStack()
         stack.enter_context(sequence_in_force(documents))
-        entered.append(stack)
+        entered.stacks.append(stack)
         return args, kwargs
 
     @untraced
     def after(*_: Any) -> None:
-        if entered:
-            entered.pop().close()
+        if entered.stacks:
+            entered.stacks.pop().close()
 
     first = model.register_forward_pre_hook(before, with_kwargs=True)
     last = model.register_forward_hook(after, always_call=True)

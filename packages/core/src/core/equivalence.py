@@ -259,8 +259,11 @@ def _trace(
 
 
 def _logits(result: Any) -> Tensor:
-    logits: Tensor = result.logits if hasattr(result, "logits") else result.last_hidden_state
-    return logits
+    for name in ("logits", "last_hidden_state"):
+        if isinstance(found := getattr(result, name, None), Tensor):
+            return found
+    why = f"a {type(result).__name__} has neither logits nor hidden states"
+    raise ModelError("the model cannot be probed", why=why)
 
 
 def _compare(trace: Trace, where: str, old: Tensor, new: Tensor, tolerance: float) -> None:

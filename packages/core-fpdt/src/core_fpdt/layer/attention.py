@@ -33,6 +33,10 @@ def register() -> None:
 
 def mask_of(*args: Any, **kwargs: Any) -> LazyMask:
     """Mask function: as ``transformers.masking_utils.sdpa_mask``, but nothing is evaluated yet."""
+    given = kwargs.get("attention_mask")
+    if isinstance(given, LazyMask):
+        # Models of text and images make the mask outside of the decoder, which is to use it as it is.
+        return given
     mask = lazy_mask(*args, **kwargs)
     documents = documents_in_force()
     return mask if documents is None else mask.with_documents(documents)
@@ -68,19 +72,25 @@ def attend(
             why = f"it attends more than once ({type(step.module).__name__}, then again)"
             raise ModelError(f"{type(module).__name__} cannot be run in chunks", why=why)
         step.module = module
+        if mask is not step.mask:
+            why = "its attention is not given the mask that the layer was"
+            raise ModelError(f"{type(module).__name__} cannot be run in chunks", why=why)
         places = kwargs.get("position_ids")
         told = isinstance(places, Tensor) and places.shape[-1] == query.shape[2]
         if step.rotated and not told:
             why = "a policy of positions is in force, and it is not told where its tokens stand"
             raise ModelError(f"{type(module).__name__} cannot be run in chunks", why=why)
-        output = step.attending(step.index, inputs)
-    elif module.training:
+        # What kernels make wider than their inputs is not to be cast again.
+        with torch.autocast(query.device.type, enabled=False):
+            output = step.attending(step.index, inputs)
+    elif module.training and torch.is_grad_enabled():
         why = "something else took over the layers, such as gradient checkpointing"
         fix = "leave that off: chunks save more"
         raise ModelError(f"{type(module).__name__} was not run in chunks", why=why, fix=fix)
     else:
-        output = _outside(module, inputs, mask)
-    return output.transpose(1, 2), None
+        with torch.autocast(query.device.type, enabled=False):
+            output = _outside(module, inputs, mask)
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _outside(module: nn.Module, inputs: Inputs, mask: Any) -> Tensor:

@@ -85,7 +85,7 @@ class LayerCall:
         self._mask = mask
         self._kernels = kernels
         self._store = store
-        self._conditions = Conditions(hidden.device)
+        self._conditions = Conditions(hidden.device, layer)
         self._random: list[list[Tensor]] = []
         self._lanes: dict[str, Lane] = {}
         self._held: Held | None = None
@@ -245,7 +245,8 @@ class LayerCall:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        with self._conditions.again(), in_force(Step(index, attending, self._rotated)):
+        step = Step(index, attending, self.arguments.find(LazyMask), self._rotated)
+        with self._conditions.again(), in_force(step):
             return self._forward(hidden, *args, **kwargs)
 
     def hidden_of(self, result: Any) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.errors import ModelError
 from core_fpdt.layer.call import LayerCall
@@ -55,6 +55,7 @@ class _Chunked(torch.autograd.Function):
         # Where chunks of it are stored, the hidden states themselves need not live on.
         ctx.save_for_backward(*([] if call.offloads else [hidden]))
         ctx.template = hidden.new_empty(0), hidden.shape
+        ctx.versions = _versions(call.layer)
         return output
 
     @staticmethod
@@ -69,6 +70,10 @@ class _Chunked(torch.autograd.Function):
             raise ModelError("a second backward pass through a chunked layer", why=why, fix=fix)
         ctx.call = None
         try:
+            if ctx.versions != _versions(call.layer):
+                why = "its weights were changed after the forward pass, which is run again here"
+                fix = "step the optimizer when all backward passes are done"
+                raise ModelError(f"no gradient of {call.name}", why=why, fix=fix)
             if not call.offloads:
                 call.hold(*ctx.saved_tensors)
             empty, shape = ctx.template
@@ -76,7 +81,13 @@ class _Chunked(torch.autograd.Function):
                 call, empty, shape if ctx.needs_input_grad[2] else None, ctx.parameters
             )
             order = (KeyOrder if call.chosen_order == "key" else QueryOrder)(call)
-            order.run(grad, collected)
+            with torch.autocast(grad.device.type, enabled=False):
+                order.run(grad, collected)
             return (None, None, *collected.take())
         finally:
             call.close()
+
+
+def _versions(layer: nn.Module) -> list[int]:
+    """How often each parameter was written to: what autograd checks of tensors that it saved."""
+    return [0 if p.is_inference() else p._version for p in layer.parameters()]

@@ -6,31 +6,40 @@ from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Conditions:
-    """Autocast as it is now, to be entered again.
+    """Autocast and the modes of modules as they are now, to be entered again.
 
     Args:
         device: where the layer runs.
+        module: the layer.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, module: nn.Module) -> None:
+        self._modes = [(part, part.training) for part in module.modules()]
         self._device = device
         self._enabled = torch.is_autocast_enabled(device.type)
         self._dtype = torch.get_autocast_dtype(device.type)
 
     @contextmanager
     def again(self) -> Generator[None]:
-        """Run under the same autocast, without its cache.
+        """Run under the same autocast, without its cache, and train or evaluate as then.
 
         The cache would hand weights that were cast without a graph to the pass that needs one.
         """
-        with torch.autocast(
-            self._device.type, dtype=self._dtype, enabled=self._enabled, cache_enabled=False
-        ):
-            yield
+        changed = [part for part, training in self._modes if part.training != training]
+        for part in changed:
+            part.training = not part.training
+        try:
+            with torch.autocast(
+                self._device.type, dtype=self._dtype, enabled=self._enabled, cache_enabled=False
+            ):
+                yield
+        finally:
+            for part in changed:
+                part.training = not part.training
 
 
 def random_state(device: torch.device) -> list[Tensor]:

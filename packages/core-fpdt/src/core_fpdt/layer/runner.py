@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from transformers import Cache
 
 from core.errors import CoreError, ModelError
 from core.positions.rotation import BATCH_ARGUMENT
@@ -89,9 +90,10 @@ class Runner:
         layer: nn.Module = run.args[0]
         forward = partial(run.func, *run.args)
         if layer in self._evaluated:
-            layer.training = False
-        hidden, kwargs = self._checked(layer, args, run.keywords)
-        arguments = Arguments(args[1:], kwargs, hidden.shape[1])
+            # At once: nothing is called after an interrupt.
+            self._after(layer)
+        hidden, args, kwargs = self._checked(layer, args, run.keywords)
+        arguments = Arguments(args, kwargs, hidden.shape[1])
         mask = arguments.find(LazyMask) or as_lazy(None, layer, hidden[:, None], hidden[:, None])
         sharing = self._sharing(hidden.shape[1], mask)
         wanted = [hidden, *arguments.differentiable, *layer.parameters()]
@@ -178,12 +180,19 @@ class Runner:
             why = "gradient checkpointing was switched on over chunks"
             fix = "leave it off: chunks save more"
             raise ModelError(f"{type(layer).__name__} was changed", why=why, fix=fix)
-        cached = any(kwargs.get(name) is not None for name in ("past_key_values", "layer_past"))
-        if not layer.training and not cached:
+        vars(layer)["gradient_checkpointing"] = True
+        caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+        if layer.training and caches and not torch.is_grad_enabled():
+            # Generation, which reads its cache again; transformers would take it away.
+            vars(layer)["gradient_checkpointing"] = False
+        elif layer.training and any(cache.get_seq_length() for cache in caches):
+            why = "chunks cannot go on after a cache in training"
+            raise ModelError(f"{type(layer).__name__} cannot be run in chunks", why=why)
+        elif not layer.training and not caches:
             self._evaluated.add(layer)
             layer.training = True
 
-    def _after(self, layer: nn.Module, args: Any, output: Any) -> None:
+    def _after(self, layer: nn.Module, *_: Any) -> None:
         if layer in self._evaluated:
             self._evaluated.discard(layer)
             layer.training = False
@@ -200,17 +209,24 @@ class Runner:
 
     def _checked(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, dict[str, Any]]:
+    ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
         what = f"{type(layer).__name__} cannot be run in chunks"
         if not args or not isinstance(args[0], Tensor) or args[0].dim() != 3:
             raise ModelError(what, why="its first argument is not (batch, tokens, width)")
         if kwargs.get("output_router_logits"):
             why = "router logits of chunks have no gradient (output_router_logits)"
             raise ModelError(what, why=why, fix="set output_router_logits=False")
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 4:
-            kwargs = {**kwargs, "attention_mask": LazyMask.of(mask)}
-        return args[0], kwargs
+        tokens = args[0].shape[1]
+        rest = tuple(_readable(value, tokens) for value in args[1:])
+        return args[0], rest, {name: _readable(value, tokens) for name, value in kwargs.items()}
+
+
+def _readable(value: Any, tokens: int) -> Any:
+    """An argument as chunks can use it: no cache, which nobody reads, and masks that are lazy."""
+    if isinstance(value, Cache):
+        return None
+    mask = isinstance(value, Tensor) and value.dim() == 4 and value.shape[2:] == (tokens, tokens)
+    return LazyMask.of(value) if mask else value
 
 
 _SWITCHES = ("gradient_checkpointing", "_gradient_checkpointing_func")

@@ -46,12 +46,14 @@ class Step:
     Args:
         index: number of the chunk.
         attending: what attention does.
+        mask: what the layer is given as its mask.
         rotated: a policy of positions rotates queries and keys, and must be told where they stand.
         module: the attention module, once it was called.
     """
 
     index: int
     attending: Attending
+    mask: object = None
     rotated: bool = False
     module: nn.Module | None = None
 

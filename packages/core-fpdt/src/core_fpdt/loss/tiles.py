@@ -150,7 +150,10 @@ class _Tiles(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, work: _Work, hidden: Tensor, *parameters: Tensor) -> Tensor:
         ctx.work = work
-        ctx.conditions, ctx.random = Conditions(hidden.device), random_state(hidden.device)
+        ctx.conditions, ctx.random = (
+            Conditions(hidden.device, work.module),
+            random_state(hidden.device),
+        )
         ctx.save_for_backward(hidden, *parameters)
         with ctx.conditions.again():
             first, *rest = work.tiles(hidden.shape[1])

@@ -74,6 +74,17 @@ class LazyMask:
         return cls(Given(extent, _booleans(mask, what)), extent)
 
     @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the mask as a tensor, which is what transformers asks of one that was made before."""
+        (first, last), (begin, end) = self.queries, self.keys
+        return self.batch, 1, last - first, end - begin
+
+    @property
+    def ndim(self) -> int:
+        """Dimensions of that tensor."""
+        return len(self.shape)
+
+    @property
     def queries(self) -> Range:
         """Indices of the queries that can be asked about."""
         return self._extent.queries
