@@ -31,11 +31,8 @@ from core_fpdt.loss.tiles import feed_forward, final_norm, tile
 from core_fpdt.parallel.mesh import Peers, peers_of
 from core_fpdt.parallel.sharding import shard
 from core_fpdt.probing import Probing
-from core_fpdt.settings import FPDTSettings
+from core_fpdt.settings import CHUNK_TOKENS, FPDTSettings
 from core_fpdt.store.making import make_budget, make_store
-
-CHUNK_TOKENS: Mapping[str, int] = {"cuda": 16384, "cpu": 1024}
-"""Tokens in a chunk where the settings leave it open, by kind of device."""
 
 OWNER = "core-fpdt"
 

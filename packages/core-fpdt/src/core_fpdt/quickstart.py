@@ -55,7 +55,7 @@ def longer_sequences(run: Run, tour: Tour) -> Iterator[Row]:
     """
     long = SHORT * TIMES
     batches = _tokens(tour.data.training, STEPS * long).view(STEPS, 1, long).to(run.device)
-    held_out = _tokens(tour.data.held_out, long).view(1, long).to(run.device)
+    held_out = tour.data.held_out.flatten()[:long].view(1, -1).to(run.device)
     plain = copy.deepcopy(tour.model).train()
     ours = copy.deepcopy(plain)
     with enable(ours, _settings(run, tour)):

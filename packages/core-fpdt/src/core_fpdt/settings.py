@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
 from core.contributions import Settings
+
+CHUNK_TOKENS: Mapping[str, int] = {"cuda": 16384, "cpu": 1024}
+"""Tokens in a chunk where the settings leave it open, by kind of device."""
+
+JOINED_CHUNKS = 16
+"""Most chunks of keys in one call of a kernel, where they lie behind each other."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,8 @@ from core_fpdt.kernels.contract import Gradients, Scores
 from core_fpdt.kernels.merging import accumulate
 from core_fpdt.masks.lazy import LazyMask
 from core_fpdt.masks.tiles import Kind, Tile
+from core_fpdt.settings import JOINED_CHUNKS
 from core_fpdt.store.contract import Lane
-
-_SPAN = 16
-"""Most chunks of keys in one call, where they lie behind each other."""
 
 
 class Block(NamedTuple):
@@ -62,7 +60,7 @@ class Blocks:
             stop, tile = start + 1, self.tile(query, start)
             if whole and tile.kind is Kind.FULL:
                 while (
-                    stop <= min(query, start + _SPAN - 1)
+                    stop <= min(query, start + JOINED_CHUNKS - 1)
                     and self.tile(query, stop).kind is Kind.FULL
                 ):
                     stop += 1

@@ -10,12 +10,10 @@ from core.errors import SettingsError
 from core_fpdt.layer.traffic import cheaper_order
 from core_fpdt.planning.hardware import Hardware
 from core_fpdt.planning.shape import ModelShape
-from core_fpdt.settings import FPDTSettings
+from core_fpdt.settings import CHUNK_TOKENS, FPDTSettings
 
 States = Literal["device", "host", "none"]
 
-_CHUNK = 16384
-_CPU_CHUNK = 1024
 _MOST_TOKENS = 2**40
 _MOST_DEVICES = 2**20
 
@@ -72,7 +70,7 @@ class Job:
     @cached_property
     def chunk(self) -> int:
         """Tokens of a chunk, over all ranks that share the sequence."""
-        usual = _CPU_CHUNK if self.hardware.name == "cpu" else _CHUNK
+        usual = CHUNK_TOKENS["cpu" if self.hardware.name == "cpu" else "cuda"]
         return min(self.settings.chunk_tokens or usual, self.sequence)
 
     @property

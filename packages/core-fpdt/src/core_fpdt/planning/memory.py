@@ -10,14 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from core_fpdt.planning.job import Job
+from core_fpdt.settings import JOINED_CHUNKS
 
 Parts = Mapping[str, float]
 
 _FLOAT = 4
 _COPIES = 4
 """Tensors of the size of a piece of the logits that exist at once."""
-_JOINED = 16
-"""Most chunks of keys that one call goes over, where they lie behind each other."""
 _BUFFERS = 3
 """Chunks of a lane on the device at once: one is read, one is filled, one is written back."""
 
@@ -204,7 +203,7 @@ def _backward_attention(job: Job) -> float:
     queries = job.chunk * job.query_width
     added = _qkv(job)
     if not job.staged:
-        joined = min(_JOINED, max(1, job.chunks - 1))
+        joined = min(JOINED_CHUNKS, max(1, job.chunks - 1))
         added += (joined - 1) * 2 * job.chunk * job.key_width * job.element
     # The gradient of the output, and the sum of those of the queries.
     total = queries * (job.element + _FLOAT)
